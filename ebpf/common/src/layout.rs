@@ -1,0 +1,311 @@
+//! The bytes of every map key and value.
+//!
+//! ```text
+//!  CONFIG     array 1      Config      what the mesh and this node are
+//!  ENDPOINTS  hash         ifindex  -> Endpoint   who sits behind a host-side link (anti-spoof, flow key)
+//!  LOCAL      hash         Addr     -> Endpoint   where a local endpoint address is delivered
+//!  VIPS       hash         VipKey   -> Vip        a declared port; (address, 0, ICMP) stands for the VIP itself
+//!  SLOTS      array        u32                    backend indexes; a Vip owns one run of them
+//!  BACKENDS   array        Backend                by backend index
+//!  FLOWS      hash         FlowKey  -> Flow       established TCP; full means refused, never evicted
+//!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       embryonic and closing TCP, UDP, ICMP echo
+//!  REASONS    per-CPU arr  u64                    packets by Reason
+//!  PROGRAMS   prog array   one tail-call slot per PROGRAM_... constant, the same for every link of the node
+//! ```
+//!
+//! Every struct is `repr(C)` without implicit padding and without `bool`; fields that hold network byte order
+//! end in `_be`, addresses are [`Addr`] and always in network byte order. A change to any of this raises
+//! [`LAYOUT_VERSION`], which is part of the pin path.
+
+/// The version of everything in this file; programs and maps are pinned under it.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// The VIP's own entry in `VIPS` has this port; together with the family's ICMP protocol number.
+pub const VIP_ITSELF_PORT: u16 = 0;
+/// IANA protocol numbers.
+pub const PROTO_ICMP: u8 = 1;
+/// TCP.
+pub const PROTO_TCP: u8 = 6;
+/// UDP.
+pub const PROTO_UDP: u8 = 17;
+/// ICMPv6.
+pub const PROTO_ICMP6: u8 = 58;
+
+/// `PROGRAMS` slot of the program for packets that come from an endpoint.
+pub const PROGRAM_POD: u32 = 0;
+/// `PROGRAMS` slot of the program for packets that come out of the tunnel.
+pub const PROGRAM_TUNNEL: u32 = 1;
+/// How many slots `PROGRAMS` has; the rest is for later stages of the two.
+pub const PROGRAM_SLOTS: u32 = 16;
+
+/// An address in network byte order; IPv4 as IPv4-mapped (`::ffff:a.b.c.d`, RFC 4291 2.5.5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct Addr {
+    /// The sixteen octets as four words, each as it stands in memory.
+    pub words: [u32; 4],
+}
+
+impl Addr {
+    /// The third word of every IPv4-mapped address.
+    pub const V4_MARK: u32 = 0x0000_ffff_u32.to_be();
+
+    /// An IPv4 address given as its four octets in memory order.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_v4_be(address_be: u32) -> Self {
+        Self {
+            words: [0, 0, Self::V4_MARK, address_be],
+        }
+    }
+
+    /// An IPv4 address as an integer in host byte order.
+    #[must_use]
+    pub const fn from_v4(address: u32) -> Self {
+        Self::from_v4_be(address.to_be())
+    }
+
+    /// An IPv6 address as an integer in host byte order.
+    #[must_use]
+    pub const fn from_v6(address: u128) -> Self {
+        Self {
+            words: [
+                ((address >> 96) as u32).to_be(),
+                ((address >> 64) as u32).to_be(),
+                ((address >> 32) as u32).to_be(),
+                (address as u32).to_be(),
+            ],
+        }
+    }
+
+    /// Whether this is IPv4.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.words[0] == 0 && self.words[1] == 0 && self.words[2] == Self::V4_MARK
+    }
+
+    /// The IPv4 octets in memory order; meaningful only where [`Addr::is_v4`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn v4_be(&self) -> u32 {
+        self.words[3]
+    }
+
+    /// The address as an IPv6 integer in host byte order (IPv4 stays mapped).
+    #[must_use]
+    pub const fn to_bits(&self) -> u128 {
+        ((u32::from_be(self.words[0]) as u128) << 96)
+            | ((u32::from_be(self.words[1]) as u128) << 64)
+            | ((u32::from_be(self.words[2]) as u128) << 32)
+            | u32::from_be(self.words[3]) as u128
+    }
+}
+
+/// What the mesh and this node are. One element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Config {
+    /// Seed of the flow hash; the same on every node of a mesh.
+    pub seed: u64,
+    /// First address of the mesh's IPv6 /48.
+    pub mesh6: Addr,
+    /// First address of the mesh's IPv4 space; all zero words where IPv4 is off.
+    pub mesh4: Addr,
+    /// The node endpoint's addresses.
+    pub node6: Addr,
+    /// All zero words where IPv4 is off.
+    pub node4: Addr,
+    /// Prefix length of `mesh4`, 12 to 16; 0 where IPv4 is off.
+    pub mesh4_len: u32,
+    /// This node's number.
+    pub node: u32,
+    /// The tunnel device; 0 while there is none.
+    pub tunnel_ifindex: u32,
+    /// The largest inner packet (L3 bytes) the tunnel device takes; 0 while there is none.
+    pub tunnel_mtu: u32,
+}
+
+/// Delivery of this endpoint is a plain redirect to `ifindex` (the node endpoint); else redirect to its peer.
+pub const ENDPOINT_PLAIN_REDIRECT: u32 = 1;
+
+/// One attached interface: what stands behind a host-side link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Endpoint {
+    /// The endpoint's IPv6 address.
+    pub addr6: Addr,
+    /// The endpoint's IPv4 address; all zero words where it has none.
+    pub addr4: Addr,
+    /// The endpoint's number on this node.
+    pub number: u32,
+    /// The host-side link.
+    pub ifindex: u32,
+    /// `ENDPOINT_...` flags.
+    pub flags: u32,
+    /// How many flows it may have in `FLOWS`; 0 is no limit.
+    pub quota: u32,
+    /// The interface's own MAC address (inside the pod).
+    pub mac: [u8; 6],
+    /// The host-side link's MAC address, the source of delivered frames.
+    pub host_mac: [u8; 6],
+    /// Zero.
+    pub pad: u32,
+}
+
+/// A declared port of a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct VipKey {
+    /// The VIP.
+    pub addr: Addr,
+    /// The port; [`VIP_ITSELF_PORT`] for the VIP itself.
+    pub port_be: u16,
+    /// The protocol; the family's ICMP for the VIP itself.
+    pub proto: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// Where the flows of a declared port go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Vip {
+    /// First slot of its run in `SLOTS`.
+    pub slot_base: u32,
+    /// Length of the run; 0 is "no backend now".
+    pub slot_count: u32,
+    /// The service's number, for counters.
+    pub service: u32,
+    /// The port on the backend; 0 for the VIP itself.
+    pub target_port_be: u16,
+    /// The policy's code, as in the address.
+    pub policy: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// New flows may pick it, and its flows go on.
+pub const BACKEND_LIVE: u32 = 1;
+/// Its flows go on; no slot points at it.
+pub const BACKEND_DRAINING: u32 = 2;
+
+/// One backend: an instance's endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Backend {
+    /// Its IPv6 address.
+    pub addr6: Addr,
+    /// Its IPv4 address; all zero words where it has none.
+    pub addr4: Addr,
+    /// The number of its node.
+    pub node: u32,
+    /// Raised whenever the index names another backend; a flow that remembers an older one is dead.
+    pub generation: u32,
+    /// `BACKEND_...` flags; 0 is dead: its flows are ended.
+    pub flags: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// From the client toward the backend.
+pub const FLOW_FORWARD: u8 = 0;
+/// From the backend toward the client.
+pub const FLOW_REVERSE: u8 = 1;
+/// Not translated: notes that a UDP datagram was delivered to a local endpoint, so that its answer may leave.
+pub const FLOW_INBOUND: u8 = 2;
+
+/// A flow as it is seen on the wire at the hook, before translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct FlowKey {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port; the identifier of an ICMP echo.
+    pub sport_be: u16,
+    /// Destination port; 0 for ICMP echo.
+    pub dport_be: u16,
+    /// The client's endpoint number on this node (for [`FLOW_INBOUND`]: the local endpoint's).
+    pub endpoint: u32,
+    /// Protocol.
+    pub proto: u8,
+    /// `FLOW_FORWARD`, `FLOW_REVERSE` or `FLOW_INBOUND`.
+    pub direction: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// The client's SYN was seen.
+pub const FLOW_SYN: u32 = 1 << 0;
+/// The backend's SYN and ACK were seen.
+pub const FLOW_SYN_ACK: u32 = 1 << 1;
+/// Promoted to `FLOWS`.
+pub const FLOW_ESTABLISHED: u32 = 1 << 2;
+/// The client's FIN was seen.
+pub const FLOW_FIN_CLIENT: u32 = 1 << 3;
+/// The backend's FIN was seen.
+pub const FLOW_FIN_BACKEND: u32 = 1 << 4;
+/// A RST was seen.
+pub const FLOW_RST: u32 = 1 << 5;
+/// The client is its own backend: its source is the node endpoint's address on the way to itself.
+pub const FLOW_HAIRPIN: u32 = 1 << 6;
+
+/// What to write into a packet of a flow, and what is known of the flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Flow {
+    /// Kernel monotonic time of the last packet, ns (`bpf_ktime_get_ns`), refreshed at least once a second while it is used.
+    pub last_seen_ns: u64,
+    /// Forward: the backend's address (new destination). Reverse: the VIP (new source).
+    pub addr: Addr,
+    /// Forward: the backend's port (new destination port). Reverse: the VIP's port (new source port).
+    pub port_be: u16,
+    /// Forward: the source port on the wire to the backend. Reverse: the client's own source port.
+    pub client_port_be: u16,
+    /// `FLOW_...` bits.
+    pub flags: u32,
+    /// The backend's index.
+    pub backend: u32,
+    /// The backend's generation when it was picked.
+    pub generation: u32,
+    /// Initial sequence number of the client's SYN.
+    pub isn_be: u32,
+    /// The service's number, for counters.
+    pub service: u32,
+}
+
+const _: () = {
+    assert!(size_of::<Addr>() == 16);
+    assert!(size_of::<Config>() == 88);
+    assert!(size_of::<Endpoint>() == 64);
+    assert!(size_of::<VipKey>() == 20);
+    assert!(size_of::<Vip>() == 16);
+    assert!(size_of::<Backend>() == 48);
+    assert!(size_of::<FlowKey>() == 44);
+    assert!(size_of::<Flow>() == 48);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv4_address_is_mapped() {
+        let addr = Addr::from_v4(u32::from_be_bytes([10, 24, 1, 2]));
+        assert!(addr.is_v4());
+        assert_eq!(addr.v4_be().to_ne_bytes(), [10, 24, 1, 2]);
+        assert_eq!(addr.to_bits(), 0xffff_0a18_0102);
+        assert_eq!(addr, Addr::from_v6(0xffff_0a18_0102));
+    }
+
+    #[test]
+    fn an_ipv6_address_keeps_its_octets() {
+        let bits = 0xfd12_3456_789a_1100_0000_0003_0000_0001;
+        let addr = Addr::from_v6(bits);
+        assert!(!addr.is_v4());
+        assert_eq!(addr.to_bits(), bits);
+        assert_eq!(addr.words[0].to_ne_bytes(), [0xfd, 0x12, 0x34, 0x56]);
+    }
+}

@@ -1,0 +1,426 @@
+//! Who a certificate says its holder is, and the TLS of every door.
+//!
+//! A certificate names exactly one identity, as a URI in its subject alternative names:
+//!
+//! ```text
+//!  weft://<mesh>/lead/<name>    weft://<mesh>/agent/<cluster>
+//!  weft://<mesh>/node/<cluster>/<node>    weft://<mesh>/user/<name>
+//! ```
+//!
+//! Both sides of every door show one, signed by the mesh's CA, and each door says which roles it opens for.
+//! Names of hosts mean nothing here: what is checked is the chain, the mesh and the role, so that an address
+//! may change without a new certificate. This module does *not* issue certificates.
+
+use std::{fmt, fs, path::Path, str::FromStr, sync::Arc};
+
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    server::WebPkiClientVerifier,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// What the holder of a certificate may be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// A member of the Raft group.
+    Lead {
+        /// The lead's name.
+        name: String,
+    },
+    /// A cluster's agent.
+    Agent {
+        /// The cluster's name.
+        cluster: String,
+    },
+    /// A node of a cluster.
+    Node {
+        /// The cluster's name.
+        cluster: String,
+        /// The node's name.
+        node: String,
+    },
+    /// A person or a tool at the control API.
+    User {
+        /// The user's name.
+        name: String,
+    },
+}
+
+/// A role in a mesh.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Identity {
+    /// The mesh's name.
+    pub mesh: String,
+    /// What the holder may be.
+    pub role: Role,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mesh = &self.mesh;
+        match &self.role {
+            Role::Lead { name } => write!(f, "weft://{mesh}/lead/{name}"),
+            Role::Agent { cluster } => write!(f, "weft://{mesh}/agent/{cluster}"),
+            Role::Node { cluster, node } => write!(f, "weft://{mesh}/node/{cluster}/{node}"),
+            Role::User { name } => write!(f, "weft://{mesh}/user/{name}"),
+        }
+    }
+}
+
+/// Why an identity or a door could not be made of what there is.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// Not one of the four forms.
+    #[error(
+        "{0:?} is not an identity: expected weft://MESH/(lead|agent|user)/NAME or weft://MESH/node/CLUSTER/NODE"
+    )]
+    Form(String),
+    /// The certificate names no identity, or several.
+    #[error(
+        "the certificate names {0} identities: expected exactly one weft:// URI in its subject alternative names"
+    )]
+    Count(usize),
+    /// The certificate cannot be read.
+    #[error("the certificate cannot be read: {0}")]
+    Certificate(String),
+    /// A file cannot be read as PEM.
+    #[error("failed to read {path}")]
+    File {
+        /// Which file.
+        path: String,
+        /// Why.
+        #[source]
+        source: rustls_pki_types::pem::Error,
+    },
+    /// A private key that others may read.
+    #[error("{path} is readable by others (mode {mode:o}): chmod 600 {path}")]
+    KeyMode {
+        /// Which file.
+        path: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// TLS refuses the key or the certificates.
+    #[error("the key and certificates do not serve for TLS")]
+    Tls(#[source] rustls::Error),
+    /// The certificate authority does not serve.
+    #[error("the certificate authority does not serve: {0}")]
+    Authority(String),
+}
+
+/// Whether `name` may stand in an identity: an RFC 1123 label, 1 to 63 of `a-z 0-9 -`, no hyphen at the ends.
+#[must_use]
+pub fn is_label(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
+impl FromStr for Identity {
+    type Err = IdentityError;
+
+    fn from_str(text: &str) -> Result<Self, IdentityError> {
+        let form = || IdentityError::Form(text.to_owned());
+        let rest = text.strip_prefix("weft://").ok_or_else(form)?;
+        let parts: Vec<&str> = rest.split('/').collect();
+        if !parts.iter().all(|part| is_label(part)) {
+            return Err(form());
+        }
+        let (mesh, role) = match parts[..] {
+            [mesh, "lead", name] => (mesh, Role::Lead { name: name.into() }),
+            [mesh, "agent", cluster] => (
+                mesh,
+                Role::Agent {
+                    cluster: cluster.into(),
+                },
+            ),
+            [mesh, "user", name] => (mesh, Role::User { name: name.into() }),
+            [mesh, "node", cluster, node] => (
+                mesh,
+                Role::Node {
+                    cluster: cluster.into(),
+                    node: node.into(),
+                },
+            ),
+            _ => return Err(form()),
+        };
+        Ok(Self {
+            mesh: mesh.to_owned(),
+            role,
+        })
+    }
+}
+
+impl Identity {
+    /// The identity that a certificate names.
+    ///
+    /// # Errors
+    /// When the certificate cannot be parsed, or does not name exactly one identity.
+    pub fn of_certificate(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let (_, parsed) = X509Certificate::from_der(certificate)
+            .map_err(|error| IdentityError::Certificate(error.to_string()))?;
+        let names = parsed
+            .subject_alternative_name()
+            .map_err(|error| IdentityError::Certificate(error.to_string()))?;
+        let uris: Vec<&str> = names
+            .iter()
+            .flat_map(|names| &names.value.general_names)
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) if uri.starts_with("weft://") => Some(*uri),
+                _ => None,
+            })
+            .collect();
+        match uris[..] {
+            [uri] => uri.parse(),
+            _ => Err(IdentityError::Count(uris.len())),
+        }
+    }
+}
+
+/// A key, its certificate chain and the mesh's CA: what a process needs to knock and to open.
+#[derive(Debug)]
+pub struct Credentials {
+    /// Who this process is.
+    pub identity: Identity,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    roots: Arc<RootCertStore>,
+}
+
+impl Credentials {
+    /// Reads `tls.crt` (own certificate first), `tls.key` (mode 0600) and `ca.crt` from `dir`.
+    ///
+    /// # Errors
+    /// When a file is missing, not PEM, or the key is readable by others.
+    pub fn load(dir: &Path) -> Result<Self, IdentityError> {
+        let chain = certificates(&dir.join("tls.crt"))?;
+        let key_path = dir.join("tls.key");
+        check_key_mode(&key_path)?;
+        let key = PrivateKeyDer::from_pem_file(&key_path)
+            .map_err(|source| file_error(&key_path, source))?;
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&dir.join("ca.crt"))? {
+            roots.add(certificate).map_err(IdentityError::Tls)?;
+        }
+        let own = chain.first().ok_or(IdentityError::Count(0))?;
+        let identity = Identity::of_certificate(own)?;
+        Ok(Self {
+            identity,
+            chain,
+            key,
+            roots: Arc::new(roots),
+        })
+    }
+
+    /// TLS for a door: every client must show a certificate of this mesh's CA. Roles are the door's to check,
+    /// by [`Identity::of_certificate`] on the peer's first certificate.
+    ///
+    /// # Errors
+    /// When the key and the certificates do not belong together.
+    pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, IdentityError> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider())
+            .build()
+            .map_err(|error| IdentityError::Authority(error.to_string()))?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(IdentityError::Tls)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(self.chain.clone(), self.key.clone_key())
+            .map_err(IdentityError::Tls)?;
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(config))
+    }
+
+    /// TLS for knocking at a door whose holder must satisfy `accept`.
+    ///
+    /// # Errors
+    /// When the key and the certificates do not belong together.
+    pub fn client(
+        &self,
+        alpn: &[&[u8]],
+        accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
+    ) -> Result<Arc<ClientConfig>, IdentityError> {
+        let chain = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), provider())
+            .build()
+            .map_err(|error| IdentityError::Authority(error.to_string()))?;
+        let verifier = RoleVerifier {
+            chain,
+            mesh: self.identity.mesh.clone(),
+            accept: Box::new(accept),
+        };
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(IdentityError::Tls)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
+            .map_err(IdentityError::Tls)?;
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(config))
+    }
+}
+
+/// The name that every certificate of a mesh carries and every client asks for; the role is what is checked.
+pub const SERVER_NAME: &str = "weft.internal";
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn file_error(path: &Path, source: rustls_pki_types::pem::Error) -> IdentityError {
+    IdentityError::File {
+        path: path.display().to_string(),
+        source,
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|source| file_error(path, source))
+}
+
+fn check_key_mode(path: &Path) -> Result<(), IdentityError> {
+    use std::os::unix::fs::PermissionsExt;
+    let Ok(metadata) = fs::metadata(path) else {
+        return Ok(()); // The read that follows names the error.
+    };
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        Ok(())
+    } else {
+        Err(IdentityError::KeyMode {
+            path: path.display().to_string(),
+            mode,
+        })
+    }
+}
+
+/// Accepts a server whose chain leads to the mesh's CA, whose certificate is for [`SERVER_NAME`] and whose
+/// identity the caller accepts.
+struct RoleVerifier {
+    chain: Arc<WebPkiServerVerifier>,
+    mesh: String,
+    accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
+}
+
+impl fmt::Debug for RoleVerifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RoleVerifier")
+            .field("mesh", &self.mesh)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ServerCertVerifier for RoleVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified = self.chain.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        )?;
+        let identity = Identity::of_certificate(end_entity)
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
+        if identity.mesh != self.mesh || !(self.accept)(&identity.role) {
+            return Err(rustls::Error::General(format!(
+                "the peer is {identity}, which is not who should be there"
+            )));
+        }
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain
+            .verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain
+            .verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_survives_its_text() {
+        for text in [
+            "weft://m/lead/a",
+            "weft://m/agent/edge",
+            "weft://m/node/edge/n-1",
+            "weft://m/user/admin",
+        ] {
+            assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "weft://m/lead",
+            "weft://m/lead/a/b",
+            "weft://m/king/a",
+            "weft://M/lead/a",
+            "http://m/lead/a",
+        ] {
+            assert!(text.parse::<Identity>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_names_exactly_one_identity() {
+        let certificate = |uris: &[&str]| {
+            let mut params = rcgen::CertificateParams::default();
+            params.subject_alt_names = uris
+                .iter()
+                .map(|uri| rcgen::SanType::URI((*uri).try_into().unwrap()))
+                .collect();
+            let key = rcgen::KeyPair::generate().unwrap();
+            params.self_signed(&key).unwrap().der().clone()
+        };
+        let one = certificate(&["weft://m/agent/edge", "spiffe://other/x"]);
+        assert_eq!(
+            Identity::of_certificate(&one).unwrap().to_string(),
+            "weft://m/agent/edge"
+        );
+        assert!(matches!(
+            Identity::of_certificate(&certificate(&[])),
+            Err(IdentityError::Count(0))
+        ));
+        let two = certificate(&["weft://m/agent/a", "weft://m/agent/b"]);
+        assert!(matches!(
+            Identity::of_certificate(&two),
+            Err(IdentityError::Count(2))
+        ));
+    }
+}

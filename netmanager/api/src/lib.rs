@@ -1,0 +1,17 @@
+//! Wire types of the NetManager's two doors, and nothing that acts on them.
+//!
+//! - [`cni`]: what the CNI plugin asks over the unix socket (one JSON request line, one JSON reply line);
+//! - [`table`]: what a node must know, with its revision;
+//! - [`stream`]: what a node and its agent say to each other (feature `stream` adds the gRPC client and server,
+//!   [`codec`] and the certificates' roles, [`identity`]).
+//!
+//! A change here changes what N and N-1 must both read: the golden files under `tests/golden` show it.
+#![forbid(unsafe_code)]
+
+pub mod cni;
+#[cfg(feature = "stream")]
+pub mod codec;
+#[cfg(feature = "stream")]
+pub mod identity;
+pub mod stream;
+pub mod table;

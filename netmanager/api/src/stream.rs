@@ -1,0 +1,118 @@
+//! The agent stream: what a node and its agent say to each other.
+//!
+//! The node dials its agent and both talk on one bidirectional stream. The first message of the node is
+//! [`Hello`]; the agent answers with the node's table as soon as the leads gave it a number, and with each
+//! newer one. Every list is complete (a node that was away needs no history), every message may come again.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::table::{Revision, Table};
+
+/// Which instance of which service, in which life.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct InstanceRef {
+    /// `namespace/application/service`.
+    pub service: String,
+    /// The slot's number.
+    pub instance: u32,
+    /// The binding's epoch.
+    pub epoch: u64,
+}
+
+/// What a node says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum FromNode {
+    /// The first message.
+    Hello(Hello),
+    /// All endpoints, whenever one changed.
+    Endpoints {
+        /// Every attached interface but the node endpoint.
+        endpoints: Vec<Endpoint>,
+    },
+    /// The kernel now matches the table of this revision.
+    Applied {
+        /// The table's revision.
+        revision: Revision,
+    },
+    /// Measurements, every second or on a change.
+    Measured(Measured),
+}
+
+/// Who a node is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The node's name within its cluster; must be the one in its certificate.
+    pub node: String,
+    /// The tunnel's public key, base64.
+    pub public_key: String,
+    /// The tunnel's UDP port.
+    pub tunnel_port: u16,
+    /// Addresses by which other nodes may reach the tunnel, best first.
+    pub underlay: Vec<IpAddr>,
+    /// The table that the kernel matches now, if any.
+    pub applied: Option<Revision>,
+    /// Version of the NetManager.
+    pub version: String,
+}
+
+/// One attached interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Its number on the node.
+    pub number: u32,
+    /// Its IPv6 address.
+    pub addr6: Ipv6Addr,
+    /// Its IPv4 address.
+    pub addr4: Option<Ipv4Addr>,
+    /// The instance behind it; `None` is a mere client.
+    pub instance: Option<InstanceRef>,
+}
+
+/// What a node measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Measured {
+    /// Smoothed round-trip time through the tunnel to each probed peer that answers, by node number, microseconds.
+    pub rtt_us: BTreeMap<u32, u32>,
+    /// Peers whose last three probes failed, by node number.
+    pub unreachable: Vec<u32>,
+    /// Established flows from this node's endpoints to each draining backend.
+    pub draining_flows: Vec<DrainingFlows>,
+}
+
+/// Flows that a draining backend still has from one node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainingFlows {
+    /// The backend.
+    pub instance: InstanceRef,
+    /// How many flows.
+    pub flows: u64,
+}
+
+/// What an agent says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ToNode {
+    /// A newer table.
+    Table(Box<Table>),
+}
+
+#[cfg(feature = "stream")]
+#[allow(
+    clippy::all,
+    clippy::allow_attributes,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated"
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/weft.node.v1.NodeDoor.rs"));
+}
+#[cfg(feature = "stream")]
+pub use generated::{node_door_client::NodeDoorClient, node_door_server};
