@@ -1,1 +1,4 @@
+//! The pure part of the control plane: no I/O, no clock, no randomness.
 #![forbid(unsafe_code)]
+
+pub mod report;

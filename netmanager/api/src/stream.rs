@@ -82,6 +82,8 @@ pub struct Measured {
     pub rtt_us: BTreeMap<u32, u32>,
     /// Peers whose last three probes failed, by node number.
     pub unreachable: Vec<u32>,
+    /// Probing backends that took a TCP connection (UDP-only services: answered an echo) through the network.
+    pub reached: Vec<InstanceRef>,
     /// Established flows from this node's endpoints to each draining backend.
     pub draining_flows: Vec<DrainingFlows>,
 }

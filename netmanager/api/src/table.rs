@@ -165,4 +165,6 @@ pub enum BackendState {
     Ready,
     /// It keeps its flows and gets no new ones.
     Draining,
+    /// It takes no traffic yet: nodes only try to reach it and report that they did (`Measured::reached`).
+    Probing,
 }
