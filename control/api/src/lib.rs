@@ -1,1 +1,8 @@
+//! Wire types of the leads' doors, and nothing that acts on them.
+//!
+//! - [`stream`]: what an agent and the leads say to each other.
+//!
+//! A change here changes what N and N-1 must both read: the golden files under `tests/snapshots` show it.
 #![forbid(unsafe_code)]
+
+pub mod stream;
