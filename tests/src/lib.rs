@@ -1,1 +1,12 @@
+//! The harness of the integration tests: network namespaces, links between them, waiting, programs.
+//!
+//! Every test makes its own machines and leaves none behind, also when it panics. The harness does *not*
+//! skip: a capability that is missing fails the test that needs it.
 #![forbid(unsafe_code)]
+
+pub mod netns;
+pub mod topology;
+pub mod wait;
+
+pub use netns::{Netns, Process};
+pub use wait::wait_for;
