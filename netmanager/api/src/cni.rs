@@ -9,9 +9,20 @@
 //!    | reserve(key, netns, ...) -> | gives addresses, names, MTU; idempotent per key
 //!    | makes the veth pair, wires the pod's end
 //!    | activate(key, ifindex)   -> | attaches the programs, publishes the endpoint
+//!    | sets the host-side link up  | (it stays down until the programs are attached, so nothing leaves in clear)
 //! ```
+//!
+//! Both ends of the pair carry [`AttachmentKey::mark`] as their link group from the instant they exist, so
+//! that what a killed plugin left is recognised without any state.
+//!
+//! A release that finds nobody at the door is queued: one file per attachment in [`pending_dir`], named
+//! [`AttachmentKey::file_name`], its content the line of a [`Request::Release`]. The NetManager carries them
+//! out when it starts and then removes each file; a name that starts with a dot is a file being written.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +42,38 @@ pub struct AttachmentKey {
     pub container_id: String,
     /// `CNI_IFNAME`, or the plugin's own interface when it is chained.
     pub ifname: String,
+}
+
+impl AttachmentKey {
+    /// The link group (`IFLA_GROUP`) of both ends of the attachment's veth pair; never a small number, which
+    /// people give to groups of their own.
+    #[must_use]
+    pub fn mark(&self) -> u32 {
+        let hash = self.hash64();
+        ((hash >> 32) ^ (hash & 0xffff_ffff)) as u32 | 1 << 31
+    }
+
+    /// Name of the file that queues the attachment's release.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        format!("{:016x}.json", self.hash64())
+    }
+
+    /// FNV-1a over the three names, a zero byte after each (no name holds one).
+    fn hash64(&self) -> u64 {
+        [&self.network, &self.container_id, &self.ifname]
+            .into_iter()
+            .flat_map(|name| name.bytes().chain([0]))
+            .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            })
+    }
+}
+
+/// Where releases wait that found nobody at the door `socket`.
+#[must_use]
+pub fn pending_dir(socket: &Path) -> PathBuf {
+    socket.with_file_name("cni-pending")
 }
 
 /// Who is being attached, as far as the runtime says.
@@ -144,4 +187,41 @@ pub struct Refused {
     pub code: u32,
     /// What is wrong and the way out, lower case, no full stop.
     pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(network: &str, container_id: &str, ifname: &str) -> AttachmentKey {
+        AttachmentKey {
+            network: network.into(),
+            container_id: container_id.into(),
+            ifname: ifname.into(),
+        }
+    }
+
+    #[test]
+    fn an_attachment_keeps_its_mark_and_file_name_across_versions() {
+        let key = key("weft", "c1", "net1");
+        assert_eq!(key.file_name(), "d93fba428b3e00bb.json");
+        assert_eq!(key.mark(), 0xd201_baf9);
+    }
+
+    #[test]
+    fn names_that_run_together_alike_are_different_attachments() {
+        assert_ne!(key("ab", "c", "d").mark(), key("a", "bc", "d").mark());
+        assert_ne!(
+            key("a", "b", "cd").file_name(),
+            key("a", "bc", "d").file_name()
+        );
+    }
+
+    #[test]
+    fn releases_wait_beside_the_socket() {
+        assert_eq!(
+            pending_dir(Path::new(DEFAULT_SOCKET)),
+            Path::new("/run/weft/cni-pending")
+        );
+    }
 }
