@@ -16,7 +16,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use control_core::{
-    assignment::Assignments,
+    assignment::Assignment,
     report::{ClusterFacts, Report},
 };
 use netmanager_api::table::Table;
@@ -73,6 +73,15 @@ pub enum ToAgent {
     Assignments(Assignments),
     /// The tables that changed, by node name; a node that is not named keeps its own.
     Tables(BTreeMap<String, Table>),
+}
+
+/// What a cluster must run, and what it must have stopped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignments {
+    /// The state of the Knowledge Base that they show, (incarnation, log index).
+    pub revision: (u64, u64),
+    /// Every order for the cluster; an instance that none names is left alone and reported.
+    pub list: Vec<Assignment>,
 }
 
 /// What an agent works under.
