@@ -1,1 +1,22 @@
-fn main() {}
+//! `cargo xtask`: every command of the project.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod build;
+mod check;
+mod command;
+mod host;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match command::Xtask::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Benchmarks by name; each is a program of its own under `tests/`, built for release.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::{build, host};
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Which.
+    name: Bench,
+    /// One JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Interleaved rounds.
+    #[arg(long, default_value_t = 15)]
+    rounds: u32,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Bench {
+    /// A VIP on one node against the direct veth route, iptables and nftables.
+    Vip,
+}
+
+/// Builds what is measured and what measures, and runs it.
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    host::check(host::Needs::NETFILTER)?;
+    let binaries = build::release()?;
+    let bench = build::executables(&["weft-tests"])?
+        .remove("weft-bench")
+        .context("cargo built no weft-bench")?;
+    let name = match args.name {
+        Bench::Vip => "vip",
+    };
+    let status = Command::new(bench)
+        .arg(name)
+        .arg("--binaries")
+        .arg(binaries)
+        .args(["--machine", &host::machine()])
+        .args(["--rounds", &args.rounds.to_string()])
+        .args(args.json.then_some("--json"))
+        .status()
+        .context("failed to start weft-bench")?;
+    ensure!(status.success(), "weft-bench {name}: {status}");
+    Ok(())
+}
