@@ -1,1 +1,19 @@
-#![forbid(unsafe_code)]
+//! The NetManager: the daemon on every node that makes the kernel match the node's table.
+//!
+//! ```text
+//!  agent --table--> [daemon] --plan--> [datapath] --> eBPF maps and programs
+//!  weft-cni --unix socket--> [door] --> [attachments] --^      [links]: node endpoint, routes, guards
+//!  peers <--> [wireguard], [probe] --round-trip times--^       [janitor]: flows, [metrics]: counters
+//! ```
+//!
+//! What is decided ([`policy`], [`plan`], [`attachments`], [`routes`]) is pure and apart from what acts. The
+//! daemon may die at any time: everything that forwards lives in the kernel and is taken over.
+
+pub mod datapath;
+pub mod janitor;
+pub mod links;
+pub mod plan;
+pub mod policy;
+pub mod routes;
+pub mod tunnel;
+pub mod wireguard;
