@@ -1,0 +1,417 @@
+//! The control API: what users and tools say to any lead, as JSON over HTTPS.
+//!
+//! ```text
+//!  POST   /v1/applications[?dry_run=true]            a goal file (YAML) -> ApplyResponse
+//!  DELETE /v1/applications/{namespace}/{name}        -> Changed
+//!  POST   /v1/migrations                             MigrationRequest -> Changed
+//!  GET    /v1/{applications|services|bindings|clusters|nodes|migrations}[?consistent=false] -> List<...>
+//!  GET    /v1/explain/{namespace}/{application}/{service} -> Explained
+//!  GET    /v1/status -> Status
+//! ```
+//!
+//! An answer other than 2xx carries a [`Problem`]. Times are milliseconds since the Unix epoch, in log time.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use control_core::{
+    placement::{Decision, Explanation},
+    report::Tier,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+/// Why a request was not served.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// What is wrong, lower case, without a full stop.
+    pub error: String,
+    /// The path of the field that is wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+    /// What it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// The line of the goal file, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
+    /// The way out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// What else is wrong with the same request.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(no_recursion)]
+    pub more: Vec<Self>,
+}
+
+/// How a read is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct ReadQuery {
+    /// Whether the answer shows every change acknowledged before; without a majority of leads only `false` is
+    /// answered, and the answer says that it is stale.
+    pub consistent: bool,
+}
+
+impl Default for ReadQuery {
+    fn default() -> Self {
+        Self { consistent: true }
+    }
+}
+
+/// How a goal file is applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct ApplyQuery {
+    /// Only say what would happen.
+    pub dry_run: bool,
+}
+
+/// Things of one kind, and how fresh the answer is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct List<T> {
+    /// The things, by name.
+    pub items: Vec<T>,
+    /// Index of the last log entry that the answer shows.
+    pub index: u64,
+    /// Whether newer changes may be missing.
+    pub stale: bool,
+}
+
+/// What came of a goal file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ApplyResponse {
+    /// One per application in the file, in its order.
+    pub applications: Vec<AppliedApplication>,
+    /// Whether nothing was changed because none was asked.
+    pub dry_run: bool,
+    /// Index of the last log entry that the answer shows.
+    pub index: u64,
+}
+
+/// What came of one application.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AppliedApplication {
+    /// `namespace/application`.
+    pub name: String,
+    /// What happened to it.
+    pub result: ApplyResult,
+    /// Its generation; `None` in a dry run that would create it.
+    pub generation: Option<u64>,
+    /// Where each slot runs, or why it does not yet; in a dry run, where it would.
+    pub slots: Vec<PlacedSlot>,
+}
+
+/// What happened to an application.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ApplyResult {
+    /// It is new.
+    Created,
+    /// It was there and is different now.
+    Configured,
+    /// It was there and is the same.
+    Unchanged,
+}
+
+/// Where a slot runs, or why it does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlacedSlot {
+    /// `namespace/application/service#instance`.
+    pub slot: String,
+    /// The cluster that it is bound to; `None` while it is pending.
+    pub cluster: Option<String>,
+    /// Why there, and why each other cluster lost.
+    #[schema(value_type = Object)]
+    pub decision: Option<Decision>,
+    /// Why it is pending: for each cluster each constraint that it does not meet, with the numbers.
+    pub pending: BTreeMap<String, Vec<String>>,
+}
+
+/// One application.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Application {
+    /// `namespace/application`.
+    pub name: String,
+    /// Raised by every change.
+    pub generation: u64,
+    /// Its services.
+    pub services: Vec<String>,
+    /// How many instances its owner wants.
+    pub wanted: u32,
+    /// How many of them are ready.
+    pub ready: u32,
+    /// When it was last changed.
+    pub changed_ms: u64,
+}
+
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Service {
+    /// `namespace/application/service`.
+    pub name: String,
+    /// Its number in IPv6 VIPs.
+    pub number: u32,
+    /// How many instances its owner wants.
+    pub wanted: u32,
+    /// How many of them are ready.
+    pub ready: u32,
+    /// The clusters that its live instances are bound to.
+    pub clusters: Vec<String>,
+    /// The ports its VIPs answer.
+    pub ports: Vec<Port>,
+    /// Its semantic service IPs.
+    pub vips: Vec<Vip>,
+}
+
+/// A declared port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// `TCP` or `UDP`.
+    pub protocol: String,
+    /// The VIP's port.
+    pub port: u16,
+    /// The instances' port.
+    pub target_port: u16,
+}
+
+/// A semantic service IP.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vip {
+    /// How it picks a backend.
+    pub policy: String,
+    /// The slot's number, for policy `instance`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<u32>,
+    /// Its IPv6 address.
+    #[schema(value_type = String)]
+    pub addr6: Ipv6Addr,
+    /// Its IPv4 address.
+    #[schema(value_type = Option<String>)]
+    pub addr4: Option<Ipv4Addr>,
+}
+
+/// One binding of a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Binding {
+    /// `namespace/application/service#instance`.
+    pub slot: String,
+    /// Which life of the slot.
+    pub epoch: u64,
+    /// Where it runs.
+    pub cluster: String,
+    /// Its node; empty until one is chosen.
+    pub node: String,
+    /// `active`, `probing`, `draining` or `stopping`.
+    pub state: String,
+    /// `starting`, `ready`, `not_ready`, `refused` or `stopped`.
+    pub phase: String,
+    /// Why it is not running; empty when it is.
+    pub reason: String,
+    /// The application's generation that it was bound for.
+    pub generation: u64,
+    /// Its endpoint's IPv6 address, once attached.
+    #[schema(value_type = Option<String>)]
+    pub addr6: Option<Ipv6Addr>,
+    /// Its endpoint's IPv4 address.
+    #[schema(value_type = Option<String>)]
+    pub addr4: Option<Ipv4Addr>,
+    /// When it was bound.
+    pub since_ms: u64,
+}
+
+/// One cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Cluster {
+    /// Its name.
+    pub name: String,
+    /// `ready` or `lost`.
+    pub state: String,
+    /// Since when it is lost.
+    pub lost_since_ms: Option<u64>,
+    /// Cloud, fog or edge.
+    #[schema(value_type = String)]
+    pub tier: Tier,
+    /// Where it stands in law.
+    pub region: String,
+    /// Free labels.
+    pub labels: BTreeMap<String, String>,
+    /// The session of its agent.
+    pub session: u64,
+    /// How many nodes it reports.
+    pub nodes: u32,
+    /// How many of them are ready.
+    pub ready: u32,
+    /// How many instances are bound to it.
+    pub bindings: u32,
+    /// When its agent last reported; 0 before the first report.
+    pub reported_ms: u64,
+    /// Why it has no IPv4 of the mesh's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without_ipv4: Option<String>,
+}
+
+/// One node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Node {
+    /// Its cluster.
+    pub cluster: String,
+    /// Its name.
+    pub name: String,
+    /// Its number in endpoint addresses.
+    pub number: u32,
+    /// Whether its NetManager is connected and its tunnel stands.
+    pub ready: bool,
+    /// Allocatable processing power, thousandths of a vCPU.
+    pub cpu_milli: u64,
+    /// Allocatable memory, bytes.
+    pub memory_bytes: u64,
+    /// Allocatable GPUs.
+    pub gpus: u32,
+    /// Where other nodes reach its tunnel.
+    #[schema(value_type = Option<String>)]
+    pub tunnel: Option<SocketAddr>,
+    /// Its addresses in the underlay.
+    #[schema(value_type = Vec<String>)]
+    pub underlay: Vec<IpAddr>,
+    /// The revision that its kernel matches: incarnation and log index.
+    pub applied: [u64; 2],
+    /// Round-trip time to other nodes by number, microseconds.
+    pub rtt_us: BTreeMap<u32, u32>,
+}
+
+/// The last move of a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Migration {
+    /// `namespace/application/service#instance`.
+    pub slot: String,
+    /// The cluster that it leaves.
+    pub from: String,
+    /// The cluster that it goes to.
+    pub to: String,
+    /// The epoch that it leaves.
+    pub source: u64,
+    /// The epoch that it goes to.
+    pub target: u64,
+    /// `starting`, `repointing`, `draining`, `stopping`, `done` or `rolled_back`.
+    pub state: String,
+    /// `goal`, `update`, `constraint` or `user`.
+    pub reason: String,
+    /// When it began.
+    pub since_ms: u64,
+    /// When it came to this state.
+    pub state_since_ms: u64,
+}
+
+/// A wish to move a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRequest {
+    /// `namespace/application/service#instance`.
+    pub slot: String,
+    /// The cluster that it shall go to.
+    pub to: String,
+}
+
+/// A change was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Changed {
+    /// Whether anything is different now.
+    pub changed: bool,
+    /// Index of the log entry.
+    pub index: u64,
+}
+
+/// Why a service is where it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Explained {
+    /// `namespace/application/service`.
+    pub service: String,
+    /// One per slot.
+    #[schema(value_type = Vec<Object>)]
+    pub slots: Vec<Explanation>,
+    /// Index of the last log entry that the answer shows.
+    pub index: u64,
+    /// Whether newer changes may be missing.
+    pub stale: bool,
+}
+
+/// How a lead and its group are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// The lead that answers.
+    pub lead: String,
+    /// The leader, as far as this lead knows.
+    pub leader: Option<String>,
+    /// The Raft term.
+    pub term: u64,
+    /// Every lead of the group.
+    pub members: Vec<Member>,
+    /// Index of the last entry in this lead's log.
+    pub log_index: u64,
+    /// Index of the last entry that it has applied.
+    pub applied_index: u64,
+    /// The mesh; `None` before its first command.
+    pub mesh: Option<Mesh>,
+    /// Log time.
+    pub log_time_ms: u64,
+    /// Whether lost clusters' instances are bound elsewhere: `run`, or `paused` when too many were lost at once.
+    pub failover: String,
+    /// Whether newer changes may be missing: no majority of the leads was reached.
+    pub stale: bool,
+    /// Version of the lead.
+    pub version: String,
+}
+
+/// One lead.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    #[schema(value_type = String)]
+    pub address: SocketAddr,
+}
+
+/// The mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Mesh {
+    /// Its name.
+    pub name: String,
+    /// Its ULA /48.
+    pub prefix6: String,
+    /// Its IPv4 space.
+    pub prefix4: Option<String>,
+    /// Raised by restore and recovery.
+    pub incarnation: u64,
+    /// How long a cluster may be silent, milliseconds.
+    pub lease_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_says_only_what_it_knows() {
+        let short = Problem {
+            error: "no application a/b".to_owned(),
+            ..Problem::default()
+        };
+        insta::assert_json_snapshot!(short, @r#"
+        {
+          "error": "no application a/b"
+        }
+        "#);
+        let text =
+            r#"{"error":"e","field":"f","value":"v","line":3,"hint":"h","more":[{"error":"x"}]}"#;
+        let long: Problem = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_string(&long).unwrap(), text);
+    }
+}
