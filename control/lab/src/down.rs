@@ -1,0 +1,197 @@
+//! Takes labs down: processes, mounts, namespaces, cgroups, sockets, folders, in this order.
+//!
+//! Everything is found by the lab's ID, so that it does not matter how far the lab was made and who is still
+//! alive. Each step goes on after an error; all errors are reported.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    command::ambiguous,
+    error::LabError,
+    folder::{LABS, Lab},
+    ip,
+    process::{self, Found},
+};
+
+/// How long killed processes may take to be gone.
+const LONGEST_DEATH: Duration = Duration::from_secs(10);
+/// Where userspace WireGuard devices have their sockets.
+const UAPI: &str = "/var/run/wireguard";
+/// Where cgroups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Takes down the lab of this ID (or the only one there is, or all), and every dead one.
+pub(crate) fn down(id: Option<&str>, all: bool) -> Result<(), LabError> {
+    let (dead, mut live): (Vec<Lab>, Vec<Lab>) = Lab::all()?.into_iter().partition(Lab::is_dead);
+    match id {
+        Some(id) if !dead.iter().any(|lab| lab.id == id) => live = vec![Lab::find(Some(id))?],
+        Some(_) => live.clear(),
+        None if !all && live.len() > 1 && dead.is_empty() => return Err(ambiguous(&live)),
+        None if !all && live.len() > 1 => live.clear(),
+        None => {}
+    }
+    let mut errors = Vec::new();
+    for lab in dead.iter().chain(&live) {
+        match one(lab) {
+            Ok(()) => println!("lab {} is gone", lab.id),
+            Err(error) => errors.push(error),
+        }
+    }
+    several(errors)
+}
+
+/// Takes one lab down.
+pub(crate) fn one(lab: &Lab) -> Result<(), LabError> {
+    let mut errors = Vec::new();
+    let mut step = |result: Result<(), LabError>| errors.extend(result.err());
+    step(kill_all(lab));
+    for mount in mounts(&lab.dir) {
+        step(
+            umount2(&mount, MntFlags::MNT_DETACH)
+                .map_err(LabError::system(format!("unmount {}", mount.display()))),
+        );
+    }
+    for name in process::names(&lab.prefix()) {
+        step(ip::ip(&["netns", "delete", &name]));
+    }
+    for cgroup in below(Path::new(CGROUPS), &format!("weft-{}", lab.id)) {
+        step(remove_cgroup(&cgroup));
+    }
+    for socket in entries(Path::new(UAPI)) {
+        if name(&socket).starts_with(&format!("wl{}", lab.id)) {
+            step(gone(fs::remove_file(&socket)).map_err(LabError::file(&socket)));
+        }
+    }
+    step(gone(fs::remove_dir_all(&lab.dir)).map_err(LabError::file(&lab.dir)));
+    // The last lab takes the folder with it; while there are others it is not empty.
+    let _ = fs::remove_dir(LABS);
+    several(errors)
+}
+
+fn several(mut errors: Vec<LabError>) -> Result<(), LabError> {
+    match errors.len() {
+        0 => Ok(()),
+        1 => Err(errors.remove(0)),
+        _ => Err(LabError::Several(errors)),
+    }
+}
+
+/// Kills until nothing is left, because a supervisor may start one more before its own end.
+fn kill_all(lab: &Lab) -> Result<(), LabError> {
+    let start = Instant::now();
+    loop {
+        let found = process::of_lab(lab);
+        if found.is_empty() {
+            return Ok(());
+        }
+        if start.elapsed() > LONGEST_DEATH {
+            let left: Vec<_> = found.iter().map(|found| found.id.pid.to_string()).collect();
+            return Err(LabError::Failed {
+                what: format!("kill the processes of lab {}", lab.id),
+                stderr: format!("still there: {}", left.join(", ")),
+            });
+        }
+        for found in &found {
+            end(found)?;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Kills the processes on these machines, and those in the pods that the machines are nodes of.
+pub(crate) fn kill_on(lab: &Lab, machines: &[String], only: Option<&str>) -> Result<(), LabError> {
+    let chosen = |found: &Found| {
+        found.is_on(machines) && only.is_none_or(|word| found.command.iter().any(|own| own == word))
+    };
+    let mut killed = 0;
+    for found in process::of_lab(lab).iter().filter(|found| chosen(found)) {
+        end(found)?;
+        killed += 1;
+    }
+    println!("killed {killed} processes");
+    Ok(())
+}
+
+fn end(found: &Found) -> Result<(), LabError> {
+    if !process::lives(found.id) {
+        return Ok(());
+    }
+    match kill(Pid::from_raw(found.id.pid), Signal::SIGKILL) {
+        Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
+        Err(error) => Err(LabError::system(format!("kill process {}", found.id.pid))(
+            error,
+        )),
+    }
+}
+
+/// What is mounted in `dir` and below, the innermost first.
+fn mounts(dir: &Path) -> Vec<PathBuf> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut mounts: Vec<PathBuf> = text
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(4))
+        .map(PathBuf::from)
+        .filter(|path| path.starts_with(dir))
+        .collect();
+    mounts.reverse();
+    mounts
+}
+
+/// The folders named `wanted` in the cgroup hierarchies, at most three levels down.
+fn below(root: &Path, wanted: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut level = vec![root.to_owned()];
+    for _ in 0..3 {
+        let next: Vec<PathBuf> = level
+            .iter()
+            .flat_map(|dir| entries(dir))
+            .filter(|path| path.is_dir() && !path.is_symlink())
+            .collect();
+        let (hits, rest): (Vec<_>, Vec<_>) = next
+            .into_iter()
+            .partition(|path| name(path).starts_with(wanted));
+        found.extend(hits);
+        level = rest;
+    }
+    found
+}
+
+/// Removes a cgroup and those below it; a cgroup's files go with it.
+fn remove_cgroup(dir: &Path) -> Result<(), LabError> {
+    for child in entries(dir).into_iter().filter(|path| path.is_dir()) {
+        remove_cgroup(&child)?;
+    }
+    gone(fs::remove_dir(dir)).map_err(LabError::file(dir))
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).collect()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// What was not there needs no removing.
+fn gone(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
