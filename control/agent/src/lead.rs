@@ -1,0 +1,383 @@
+//! The agent's one outbound stream, to any lead.
+//!
+//! The leads are tried in an order that starts anywhere; a stream that breaks, is not welcomed, or whose renewals
+//! nobody counts for a lease (a lead cut off from the leader) gives way to the next lead, with a back-off that
+//! doubles up to [`LONGEST_PAUSE`] and is jittered. What comes in goes to the engine; what goes out is the
+//! newest report, never a queue of old ones.
+
+use std::{
+    collections::VecDeque,
+    hash::{BuildHasher, RandomState},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use control_api::stream::{
+    FromAgent, Hello, LeadDoorClient, MESSAGE_LIMIT, REPORT_AT_LEAST, ToAgent, Welcome,
+};
+use control_core::report::{ClusterFacts, Report};
+use hyper_util::rt::TokioIo;
+use netmanager_api::identity::SERVER_NAME;
+use rustls::ClientConfig;
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval, interval_at, timeout},
+};
+use tokio_rustls::TlsConnector;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint, Uri},
+};
+
+use crate::event::Event;
+
+/// How long a lead has to take the connection.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long a lead has to welcome: it may have to wait for an election.
+const WELCOME: Duration = Duration::from_secs(5);
+/// How often a silent connection is probed, and how long it has to answer.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+/// The pause after a first failure.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What the engine has for the leads.
+#[derive(Clone, Debug, Default)]
+pub struct Outbox {
+    /// The newest report; `None` before the first.
+    pub report: Option<Arc<Report>>,
+    /// The newest state of the Knowledge Base that the agent has.
+    pub revision: Option<(u64, u64)>,
+    /// The session that the agent has.
+    pub session: Option<u64>,
+}
+
+/// Follows one lead after the other.
+#[derive(Debug)]
+pub struct LeadClient {
+    /// Where the leads are.
+    pub leads: Vec<SocketAddr>,
+    /// TLS that accepts leads only.
+    pub tls: Arc<ClientConfig>,
+    /// The cluster's name.
+    pub cluster: String,
+    /// What its operator says of it.
+    pub facts: ClusterFacts,
+    /// What is to be said.
+    pub outbox: watch::Receiver<Outbox>,
+    /// Where what is heard goes.
+    pub events: mpsc::Sender<Event>,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum Parting {
+    #[error("failed to connect")]
+    Connect(#[source] tonic::transport::Error),
+    #[error("the lead refused the stream: {}", .0.message())]
+    Refused(Box<tonic::Status>),
+    #[error("the lead did not welcome this cluster within {} s", WELCOME.as_secs())]
+    Unwelcome,
+    #[error("the lead's first word is no welcome")]
+    Form,
+    #[error("the stream broke: {}", .0.message())]
+    Broke(Box<tonic::Status>),
+    #[error("the lead ended the stream")]
+    Ended,
+    #[error("no renewal was counted for a lease of {0:?}")]
+    Unrenewed(Duration),
+    #[error("the agent ends")]
+    Over,
+}
+
+impl LeadClient {
+    /// Follows leads until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut pause = SHORTEST_PAUSE;
+        let mut next = random() as usize;
+        loop {
+            let lead = self.leads[next % self.leads.len()];
+            let mut welcomed = false;
+            let parting = tokio::select! {
+                () = shutdown.cancelled() => return,
+                parting = self.follow(lead, &mut welcomed) => parting,
+            };
+            if matches!(parting, Parting::Over) {
+                return;
+            }
+            let cause = std::error::Error::source(&parting).map(|source| chain(source));
+            tracing::warn!(%lead, reason = %parting, cause, "parted from a lead");
+            if welcomed {
+                pause = SHORTEST_PAUSE;
+                if self.events.send(Event::Parted).await.is_err() {
+                    return;
+                }
+            }
+            next = next.wrapping_add(1);
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(jittered(pause, random())) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn follow(&mut self, lead: SocketAddr, welcomed: &mut bool) -> Parting {
+        match self.open(lead).await {
+            Ok(mut stream) => {
+                *welcomed = true;
+                tracing::info!(%lead, session = stream.welcome.session, "following a lead");
+                let event = Event::Welcomed {
+                    welcome: stream.welcome,
+                    sent: stream.greeted,
+                };
+                if self.events.send(event).await.is_err() {
+                    return Parting::Over;
+                }
+                match self.exchange(&mut stream).await {
+                    Ok(()) => Parting::Ended,
+                    Err(parting) => parting,
+                }
+            }
+            Err(parting) => parting,
+        }
+    }
+
+    /// Connects, says hello and waits for the welcome.
+    async fn open(&mut self, lead: SocketAddr) -> Result<Stream, Parting> {
+        let channel = connect(lead, self.tls.clone())
+            .await
+            .map_err(Parting::Connect)?;
+        let mut client = LeadDoorClient::new(channel)
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT);
+        let (sender, receiver) = mpsc::channel(8);
+        let outbox = self.outbox.borrow().clone();
+        let hello = FromAgent::Hello(Hello {
+            cluster: self.cluster.clone(),
+            facts: self.facts.clone(),
+            session: outbox.session,
+            revision: outbox.revision,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        });
+        let greeted = Instant::now();
+        sender
+            .try_send(hello)
+            .expect("the channel is new and has room for eight");
+        let welcome = async {
+            let response = client.follow(ReceiverStream::new(receiver)).await;
+            let mut messages = response.map_err(refused)?.into_inner();
+            let first = messages.message().await.map_err(refused)?;
+            match first.ok_or(Parting::Ended)? {
+                ToAgent::Welcome(welcome) => Ok((welcome, messages)),
+                _ => Err(Parting::Form),
+            }
+        };
+        let (welcome, messages) = timeout(WELCOME, welcome)
+            .await
+            .map_err(|_| Parting::Unwelcome)??;
+        Ok(Stream {
+            welcome,
+            greeted,
+            sender,
+            messages,
+        })
+    }
+
+    /// Talks until the stream ends (`Ok`) or breaks.
+    async fn exchange(&mut self, stream: &mut Stream) -> Result<(), Parting> {
+        let lease = stream.welcome.lease();
+        let mut renewals = Renewals::new(lease, stream.greeted);
+        let mut alive = interval((lease / 3).max(Duration::from_millis(10)));
+        let mut remind = interval_at(
+            tokio::time::Instant::now() + REPORT_AT_LEAST,
+            REPORT_AT_LEAST,
+        );
+        alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut said: Option<Arc<Report>> = None;
+        self.outbox.mark_changed();
+        loop {
+            tokio::select! {
+                message = stream.messages.message() => {
+                    let Some(message) = message.map_err(|status| Parting::Broke(Box::new(status)))? else {
+                        return Ok(());
+                    };
+                    let event = match message {
+                        ToAgent::Welcome(_) => return Err(Parting::Form),
+                        ToAgent::Renewed { sequence } => match renewals.counted(sequence) {
+                            Some(sent) => Event::Renewed { lease, sent },
+                            None => continue,
+                        },
+                        ToAgent::Assignments(assignments) => Event::Ordered(assignments),
+                        ToAgent::Tables(tables) => Event::Tabled(tables),
+                    };
+                    self.events.send(event).await.map_err(|_| Parting::Over)?;
+                }
+                _ = alive.tick() => {
+                    let now = Instant::now();
+                    if renewals.overdue(now) {
+                        return Err(Parting::Unrenewed(lease));
+                    }
+                    if let Ok(permit) = stream.sender.try_reserve() {
+                        permit.send(FromAgent::Alive { sequence: renewals.send(now) });
+                    }
+                }
+                _ = remind.tick() => {
+                    said = None;
+                    self.outbox.mark_changed();
+                }
+                changed = self.outbox.changed() => {
+                    changed.map_err(|_| Parting::Over)?;
+                    let newest = self.outbox.borrow_and_update().report.clone();
+                    if let Some(report) = newest.filter(|newest| said.as_ref() != Some(newest)) {
+                        // Full: the lead is slow. The next report, at the latest the reminder, says it all.
+                        if stream.sender.try_send(FromAgent::Report((*report).clone())).is_ok() {
+                            said = Some(report);
+                        } else {
+                            remind.reset_after(lease / 3);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A welcomed stream.
+struct Stream {
+    welcome: Welcome,
+    greeted: Instant,
+    sender: mpsc::Sender<FromAgent>,
+    messages: Streaming<ToAgent>,
+}
+
+/// The renewals of one stream: which were sent when, and when one was last counted.
+#[derive(Debug)]
+struct Renewals {
+    lease: Duration,
+    sequence: u64,
+    waiting: VecDeque<(u64, Instant)>,
+    counted: Instant,
+}
+
+impl Renewals {
+    fn new(lease: Duration, greeted: Instant) -> Self {
+        Self {
+            lease,
+            sequence: 0,
+            waiting: VecDeque::new(),
+            counted: greeted,
+        }
+    }
+
+    /// The number of the renewal that is sent now.
+    fn send(&mut self, now: Instant) -> u64 {
+        self.sequence += 1;
+        self.waiting.push_back((self.sequence, now));
+        self.sequence
+    }
+
+    /// The leader counted this one; says when it was sent, unless a later one was counted before.
+    fn counted(&mut self, sequence: u64) -> Option<Instant> {
+        let mut found = None;
+        while let Some(&(first, sent)) = self.waiting.front() {
+            if first > sequence {
+                break;
+            }
+            self.waiting.pop_front();
+            found = (first == sequence).then_some(sent);
+        }
+        self.counted = found.unwrap_or(self.counted);
+        found
+    }
+
+    /// Whether the leader would have given this cluster up by now.
+    fn overdue(&self, now: Instant) -> bool {
+        now >= self.counted + self.lease
+    }
+}
+
+fn refused(status: tonic::Status) -> Parting {
+    Parting::Refused(Box::new(status))
+}
+
+/// A connection by mutual TLS to a lead.
+async fn connect(
+    lead: SocketAddr,
+    tls: Arc<ClientConfig>,
+) -> Result<Channel, tonic::transport::Error> {
+    let connector = tower::service_fn(move |_: Uri| {
+        let tls = TlsConnector::from(tls.clone());
+        async move {
+            let tcp = TcpStream::connect(lead).await?;
+            tcp.set_nodelay(true)?;
+            let name = SERVER_NAME
+                .try_into()
+                .expect("the server name is a DNS name");
+            tls.connect(name, tcp).await.map(TokioIo::new)
+        }
+    });
+    Endpoint::from_static("http://weft.internal")
+        .connect_timeout(CONNECT)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(connector)
+        .await
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<String> = causes.map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+/// Between half of `pause` and all of it.
+fn jittered(pause: Duration, random: u64) -> Duration {
+    let half = pause / 2;
+    half + half.mul_f64((random % 1024) as f64 / 1024.0)
+}
+
+/// A number that differs between agents and calls; its quality does not matter.
+fn random() -> u64 {
+    RandomState::new().hash_one(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_is_jittered_within_its_upper_half() {
+        let pause = Duration::from_millis(100);
+        for random in [0, 1, 511, 1023, u64::MAX] {
+            let jittered = jittered(pause, random);
+            assert!(jittered >= pause / 2 && jittered <= pause, "{jittered:?}");
+        }
+    }
+
+    #[test]
+    fn a_lease_counts_from_the_sending_of_the_renewal_that_was_counted() {
+        let lease = Duration::from_secs(3);
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut renewals = Renewals::new(lease, start);
+        assert_eq!(renewals.send(at(1)), 1);
+        assert_eq!(renewals.send(at(2)), 2);
+        assert_eq!(renewals.counted(2), Some(at(2)));
+        assert_eq!(renewals.counted(1), None, "a late answer renews nothing");
+        assert_eq!(
+            renewals.counted(9),
+            None,
+            "nor does one that was never asked for"
+        );
+        assert!(!renewals.overdue(at(4)));
+        assert!(renewals.overdue(at(5)));
+    }
+}
