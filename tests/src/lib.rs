@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod netns;
+pub mod program;
 pub mod topology;
 pub mod wait;
 

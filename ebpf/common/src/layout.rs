@@ -11,6 +11,7 @@
 //!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       embryonic and closing TCP, UDP, ICMP echo
 //!  REASONS    per-CPU arr  u64                    packets by Reason
 //!  PROGRAMS   prog array   one tail-call slot per PROGRAM_... constant, the same for every link of the node
+//!  SCRATCH    per-CPU arr  a program's working memory: no state, private to one load, not to be pinned
 //! ```
 //!
 //! Every struct is `repr(C)` without implicit padding and without `bool`; fields that hold network byte order
@@ -223,11 +224,12 @@ pub struct FlowKey {
     pub src: Addr,
     /// Destination address.
     pub dst: Addr,
-    /// Source port; the identifier of an ICMP echo.
+    /// Source port; the identifier of an ICMP echo request, 0 for a reply.
     pub sport_be: u16,
-    /// Destination port; 0 for ICMP echo.
+    /// Destination port; the identifier of an ICMP echo reply, 0 for a request.
     pub dport_be: u16,
-    /// The client's endpoint number on this node (for [`FLOW_INBOUND`]: the local endpoint's).
+    /// The client's endpoint number on this node (for [`FLOW_INBOUND`]: the local endpoint's; for the reverse
+    /// entry of a [`FLOW_HAIRPIN`] flow: the node endpoint's, because that is whom the backend answers).
     pub endpoint: u32,
     /// Protocol.
     pub proto: u8,
@@ -241,7 +243,8 @@ pub struct FlowKey {
 pub const FLOW_SYN: u32 = 1 << 0;
 /// The backend's SYN and ACK were seen.
 pub const FLOW_SYN_ACK: u32 = 1 << 1;
-/// Promoted to `FLOWS`.
+/// Promoted to `FLOWS`. An entry of `FLOWS_LRU` that has this bit and is not closing is the shadow of one in
+/// `FLOWS`, or what is left of one that was collected there: it counts for nothing.
 pub const FLOW_ESTABLISHED: u32 = 1 << 2;
 /// The client's FIN was seen.
 pub const FLOW_FIN_CLIENT: u32 = 1 << 3;

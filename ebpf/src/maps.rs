@@ -1,0 +1,218 @@
+//! The maps, and the only place that touches their memory.
+//!
+//! Lookups hand out references into map memory, which lives as long as the map does. User space and other CPUs
+//! write the same memory: a value that is being replaced may be read half old, half new. Every reader lives
+//! with that: what is read is checked again where it is used as an index, and the worst case is one packet to
+//! a place that was right a moment ago.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::generated::bpf_ktime_get_coarse_ns,
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray},
+    programs::TcContext,
+};
+use ebpf_common::{
+    layout::{Addr, Backend, Config, Endpoint, Flow, FlowKey, PROGRAM_SLOTS, Vip, VipKey},
+    reason::Reason,
+};
+
+use crate::parse::Packet;
+
+// The sizes are what one node of a few hundred pods needs; the loader may set others.
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+#[map]
+static ENDPOINTS: HashMap<u32, Endpoint> = HashMap::with_max_entries(1024, 0);
+#[map]
+static LOCAL: HashMap<Addr, Endpoint> = HashMap::with_max_entries(2048, 0);
+#[map]
+static VIPS: HashMap<VipKey, Vip> = HashMap::with_max_entries(16_384, 0);
+#[map]
+static SLOTS: Array<u32> = Array::with_max_entries(262_144, 0);
+#[map]
+static BACKENDS: Array<Backend> = Array::with_max_entries(16_384, 0);
+#[map]
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(131_072, 0);
+#[map]
+static FLOWS_LRU: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0);
+#[map]
+static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
+#[map]
+static SCRATCH: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(PROGRAM_SLOTS, 0);
+
+/// What the mesh and this node are.
+#[inline(always)]
+pub(crate) fn config() -> Result<&'static Config, Reason> {
+    CONFIG.get(0).ok_or(Reason::Internal)
+}
+
+/// Room for the packet at hand. Stack is scarce, and what the verifier does not follow it need not try in every
+/// combination. A program takes it once, at its start.
+#[inline(always)]
+pub(crate) fn scratch() -> Result<&'static mut Packet, Reason> {
+    let packet = SCRATCH.get_ptr_mut(0).ok_or(Reason::Internal)?;
+    // SAFETY: this CPU's own; a program runs to its end before the next one on this CPU starts (softirq), and
+    // takes it once. Zero, which the map starts with, is a value of each of its enums.
+    Ok(unsafe { &mut *packet })
+}
+
+/// Who sits behind a host-side link.
+#[inline(always)]
+pub(crate) fn endpoint(ifindex: u32) -> Option<&'static Endpoint> {
+    // SAFETY: the value is plain data in map memory; a torn read is harmless, see the module's text.
+    unsafe { ENDPOINTS.get(ifindex) }
+}
+
+/// Where a local endpoint address is delivered.
+#[inline(always)]
+pub(crate) fn local(address: &Addr) -> Option<&'static Endpoint> {
+    // SAFETY: as for `endpoint`.
+    unsafe { LOCAL.get(address) }
+}
+
+/// A declared port.
+#[inline(always)]
+pub(crate) fn vip(key: &VipKey) -> Option<&'static Vip> {
+    // SAFETY: as for `endpoint`.
+    unsafe { VIPS.get(key) }
+}
+
+/// The backend index in a slot.
+#[inline(always)]
+pub(crate) fn slot(index: u32) -> Option<u32> {
+    SLOTS.get(index).copied()
+}
+
+/// A backend by its index.
+#[inline(always)]
+pub(crate) fn backend(index: u32) -> Option<&'static Backend> {
+    BACKENDS.get(index)
+}
+
+/// Continues in a program of `PROGRAMS`; comes back, always with `None`, only where the slot is empty.
+#[inline(always)]
+pub(crate) fn call(context: &TcContext, slot: u32) -> Option<i32> {
+    // SAFETY: nothing here has a destructor that a call without return would skip.
+    unsafe { PROGRAMS.tail_call(context, slot) }
+    None
+}
+
+/// Counts one packet.
+#[inline(always)]
+pub(crate) fn count(reason: Reason) {
+    if let Some(counter) = REASONS.get_ptr_mut(reason as u32) {
+        // SAFETY: the pointer is to this CPU's own counter, and nothing interrupts a program with itself.
+        unsafe { *counter += 1 }
+    }
+}
+
+/// Kernel monotonic time at the resolution of the timer tick, ns; a tenth of the cost of the exact one.
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: the helper takes nothing and reads the kernel's clock.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// A flow entry in map memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry(NonNull<Flow>);
+
+/// How old `last_seen_ns` may become while a flow is used.
+const REFRESH_NS: u64 = 1_000_000_000;
+
+impl Entry {
+    #[inline(always)]
+    fn new(flow: *mut Flow) -> Option<Self> {
+        NonNull::new(flow).map(Self)
+    }
+
+    /// The entry's value.
+    #[inline(always)]
+    pub(crate) fn flow(&self) -> &'static Flow {
+        // SAFETY: the lookup returned it, so it is map memory; torn reads as in the module's text.
+        unsafe { self.0.as_ref() }
+    }
+
+    /// The `FLOW_...` bits now.
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> u32 {
+        // SAFETY: as for `flow`; volatile, because the other direction's CPU sets bits too.
+        unsafe { (&raw const (*self.0.as_ptr()).flags).read_volatile() }
+    }
+
+    /// Sets bits; the two directions' packets race only for bits that each sets again with its next packet.
+    #[inline(always)]
+    pub(crate) fn set(&self, bits: u32) {
+        let flags = self.flags() | bits;
+        // SAFETY: as for `flow`; an aligned word of map memory.
+        unsafe { (&raw mut (*self.0.as_ptr()).flags).write_volatile(flags) }
+    }
+
+    /// Notes that the flow is used; true when that was more than a second ago.
+    #[inline(always)]
+    pub(crate) fn touch(&self) -> bool {
+        let now = now_ns();
+        let stale = now.wrapping_sub(self.flow().last_seen_ns) > REFRESH_NS;
+        if stale {
+            // SAFETY: as for `flow`; an aligned word of map memory.
+            unsafe { (&raw mut (*self.0.as_ptr()).last_seen_ns).write_volatile(now) }
+        }
+        stale
+    }
+}
+
+/// The two flow tables.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Table {
+    /// `FLOWS`.
+    Established,
+    /// `FLOWS_LRU`.
+    Recent,
+}
+
+impl Table {
+    /// The entry of `key`.
+    #[inline(always)]
+    pub(crate) fn get(self, key: &FlowKey) -> Option<Entry> {
+        match self {
+            Self::Established => FLOWS.get_ptr_mut(key),
+            Self::Recent => FLOWS_LRU.get_ptr_mut(key),
+        }
+        .and_then(Entry::new)
+    }
+
+    /// Writes an entry, whether there is one or not; false when the table is full.
+    #[inline(always)]
+    pub(crate) fn put(self, key: &FlowKey, flow: &Flow) -> bool {
+        match self {
+            Self::Established => FLOWS.insert(key, flow, u64::from(BPF_ANY)),
+            Self::Recent => FLOWS_LRU.insert(key, flow, u64::from(BPF_ANY)),
+        }
+        .is_ok()
+    }
+
+    /// Writes an entry where there is none; false when there is one.
+    #[inline(always)]
+    pub(crate) fn claim(self, key: &FlowKey, flow: &Flow) -> bool {
+        match self {
+            Self::Established => FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)),
+            Self::Recent => FLOWS_LRU.insert(key, flow, u64::from(BPF_NOEXIST)),
+        }
+        .is_ok()
+    }
+
+    /// Removes an entry, where there is one.
+    #[inline(always)]
+    pub(crate) fn remove(self, key: &FlowKey) {
+        // An entry that is not there is what was wanted.
+        let _ = match self {
+            Self::Established => FLOWS.remove(key),
+            Self::Recent => FLOWS_LRU.remove(key),
+        };
+    }
+}

@@ -1,0 +1,33 @@
+//! Packets that come out of the tunnel: from remote endpoints, for local ones, and never into a tunnel again.
+
+use ebpf_common::reason::Reason;
+
+use crate::{
+    address::{self, Name},
+    deliver, flow, maps,
+    parse::{Family, Kind},
+    skb::Skb,
+    translate,
+};
+
+/// Decides about one packet without Ethernet header; the result is the TC action of a packet on its way.
+#[inline(always)]
+pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
+    let config = maps::config()?;
+    skb.pull_headers();
+    let family = Family::of_packet(skb)?;
+    let packet = maps::scratch()?;
+    packet.read(skb, 0, family)?;
+    if address::name(config, family, &packet.key.src) != (Name::Endpoint { here: false })
+        || maps::local(&packet.key.src).is_some()
+    {
+        return Err(Reason::TunnelSource);
+    }
+    let endpoint = maps::local(&packet.key.dst).ok_or(Reason::TunnelDestination)?;
+    if let Some(tuple) = flow::undo(packet, endpoint.number, 0) {
+        translate::translate(skb, 0, packet, &tuple)?;
+    } else if packet.kind == Kind::Udp {
+        flow::note_inbound(packet, endpoint.number);
+    }
+    deliver::packet(skb, family, endpoint)
+}

@@ -1,0 +1,315 @@
+//! From a VIP to a backend: the flow that exists, or a new one.
+
+use ebpf_common::{
+    addr::{NODE_ENDPOINT, Policy},
+    layout::{
+        Addr, BACKEND_LIVE, Backend, Config, Endpoint, FLOW_FORWARD, FLOW_HAIRPIN, FLOW_REVERSE,
+        FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, VIP_ITSELF_PORT, Vip, VipKey,
+    },
+    pick::{self, Tuple as HashTuple},
+    reason::Reason,
+};
+
+use crate::{
+    flow::{self, Found},
+    maps::{self, Entry, Table},
+    parse::{Family, Kind, Packet},
+    translate::Tuple,
+};
+
+/// How many source ports are tried for a reverse entry before the flow is refused.
+const PORT_TRIES: u32 = 16;
+/// How many slots in a row are tried while the one that was picked names a backend that has just died.
+const SLOT_TRIES: u32 = 4;
+
+/// What a client's packet to a VIP looks like to the backend.
+#[inline(always)]
+pub(crate) fn resolve(
+    config: &Config,
+    endpoint: &Endpoint,
+    packet: &mut Packet,
+    policy: Policy,
+) -> Result<Tuple, Reason> {
+    packet.key.direction = FLOW_FORWARD;
+    packet.key.endpoint = endpoint.number;
+    let found = flow::find(&packet.key);
+    match packet.kind {
+        Kind::Tcp if packet.opens() => match found {
+            Some(found)
+                if found.entry.flow().isn_be == packet.seq_be
+                    && flow::live_backend(found.entry.flow()).is_some() =>
+            {
+                Ok(translation(config, packet, found.entry))
+            }
+            Some(found) => {
+                flow::forget(config, &packet.key, found.entry.flow());
+                open(config, packet, policy)
+            }
+            None => open(config, packet, policy),
+        },
+        Kind::Tcp => segment(config, packet, found.ok_or(Reason::NoFlow)?),
+        Kind::Udp | Kind::EchoRequest => match found {
+            Some(found) => datagram(config, packet, found.entry),
+            None => open(config, packet, policy),
+        },
+        Kind::EchoReply => Err(Reason::NoFlow),
+        Kind::IcmpError => Err(Reason::Protocol),
+    }
+}
+
+/// A segment of a connection that is known.
+#[inline(always)]
+fn segment(config: &Config, packet: &Packet, found: Found) -> Result<Tuple, Reason> {
+    let flow = found.entry.flow();
+    if flow::live_backend(flow).is_none() {
+        flow::forget(config, &packet.key, flow);
+        return Err(Reason::BackendGone);
+    }
+    if found.table == Table::Recent && !flow::is_over(found.entry.flags()) {
+        flow::promote(config, &packet.key, found.entry)?;
+    }
+    // Read before the connection is closed: its entry may be another's afterwards.
+    let tuple = translation(config, packet, found.entry);
+    if packet.closes() {
+        flow::close_forward(config, packet, flow);
+    }
+    Ok(tuple)
+}
+
+/// A datagram or echo request of a flow that is known.
+#[inline(always)]
+fn datagram(config: &Config, packet: &Packet, entry: Entry) -> Result<Tuple, Reason> {
+    let flow = entry.flow();
+    if flow::live_backend(flow).is_none() {
+        flow::forget(config, &packet.key, flow);
+        return Err(Reason::BackendGone);
+    }
+    if entry.touch() {
+        keep_reverse(config, &packet.key, flow);
+    }
+    Ok(translation(config, packet, entry))
+}
+
+/// Puts back the reverse entry where the table has lost it: the flow may be used in one direction only.
+#[inline(never)]
+fn keep_reverse(config: &Config, key: &FlowKey, flow: &Flow) {
+    let reverse_key = flow::reverse_key(config, key, flow);
+    Table::Recent.claim(&reverse_key, &reverse_of(key, flow));
+}
+
+#[inline(always)]
+fn translation(config: &Config, packet: &Packet, entry: Entry) -> Tuple {
+    entry.touch();
+    translated(config, packet, entry.flow())
+}
+
+/// The tuple on the way to the backend.
+#[inline(always)]
+fn translated(config: &Config, packet: &Packet, flow: &Flow) -> Tuple {
+    Tuple {
+        src: if flow.flags & FLOW_HAIRPIN != 0 {
+            flow::node_address(config, packet.family)
+        } else {
+            packet.key.src
+        },
+        dst: flow.addr,
+        sport_be: flow.client_port_be,
+        dport_be: flow.port_be,
+    }
+}
+
+/// The value of the reverse entry for a forward entry.
+#[inline(always)]
+fn reverse_of(key: &FlowKey, flow: &Flow) -> Flow {
+    Flow {
+        addr: key.dst,
+        port_be: key.dport_be,
+        client_port_be: key.sport_be,
+        ..*flow
+    }
+}
+
+/// Opens a flow: picks a backend, claims the reverse entry, remembers both.
+#[inline(never)]
+fn open(config: &Config, packet: &Packet, policy: Policy) -> Result<Tuple, Reason> {
+    let vip = lookup(packet)?;
+    let hash = pick::flow_hash(&hash_tuple(packet, policy), config.seed);
+    let index = pick_backend(packet.family, hash, vip)?;
+    let backend = maps::backend(index).ok_or(Reason::Internal)?;
+    let address = address_of(backend, packet.family);
+    // One value serves both entries, first the reverse one: stack is scarce.
+    let mut flow = Flow {
+        last_seen_ns: maps::now_ns(),
+        addr: packet.key.dst,
+        port_be: packet.key.dport_be,
+        client_port_be: packet.key.sport_be,
+        flags: if address == packet.key.src {
+            FLOW_SYN | FLOW_HAIRPIN
+        } else {
+            FLOW_SYN
+        },
+        backend: index,
+        generation: backend.generation,
+        isn_be: packet.seq_be,
+        service: vip.service,
+    };
+    let hairpin = flow.flags & FLOW_HAIRPIN != 0;
+    let mut key = FlowKey {
+        src: address,
+        dst: if hairpin {
+            flow::node_address(config, packet.family)
+        } else {
+            packet.key.src
+        },
+        sport_be: vip.target_port_be,
+        dport_be: packet.key.sport_be,
+        endpoint: if hairpin {
+            NODE_ENDPOINT
+        } else {
+            packet.key.endpoint
+        },
+        proto: packet.key.proto,
+        direction: FLOW_REVERSE,
+        pad: 0,
+    };
+    claim_reverse(&mut key, &flow, hash)?;
+    flow.addr = address;
+    flow.port_be = vip.target_port_be;
+    flow.client_port_be = key.dport_be;
+    if Table::Recent.put(&packet.key, &flow) {
+        Ok(translated(config, packet, &flow))
+    } else {
+        Err(Reason::Internal)
+    }
+}
+
+/// The declared port that a packet asks for, or why there is none.
+#[inline(never)]
+fn lookup(packet: &Packet) -> Result<&'static Vip, Reason> {
+    let mut key = VipKey {
+        addr: packet.key.dst,
+        port_be: packet.key.dport_be,
+        proto: packet.key.proto,
+        pad: 0,
+    };
+    if let Some(vip) = maps::vip(&key) {
+        return Ok(vip);
+    }
+    key.port_be = VIP_ITSELF_PORT;
+    key.proto = match packet.family {
+        Family::V4 => PROTO_ICMP,
+        Family::V6 => PROTO_ICMP6,
+    };
+    match maps::vip(&key) {
+        Some(_) => Err(Reason::UndeclaredPort),
+        None => Err(Reason::NotLinked),
+    }
+}
+
+/// The index of a live backend.
+#[inline(always)]
+fn pick_backend(family: Family, hash: u32, vip: &Vip) -> Result<u32, Reason> {
+    let mut offset = pick::slot(hash, vip.slot_count).ok_or(Reason::NoBackend)?;
+    for _ in 0..SLOT_TRIES {
+        let index = maps::slot(vip.slot_base.wrapping_add(offset)).ok_or(Reason::Internal)?;
+        if let Some(backend) = maps::backend(index)
+            && backend.flags & BACKEND_LIVE != 0
+            && !is_absent(backend, family)
+        {
+            return Ok(index);
+        }
+        offset = if offset + 1 >= vip.slot_count {
+            0
+        } else {
+            offset + 1
+        };
+    }
+    Err(Reason::NoBackend)
+}
+
+/// What a policy hashes: the whole flow, or only its source for `sticky`.
+#[inline(always)]
+fn hash_tuple(packet: &Packet, policy: Policy) -> HashTuple {
+    let key = &packet.key;
+    let src = halves(&key.src);
+    if policy == Policy::Sticky {
+        return HashTuple {
+            src,
+            dst: [0; 2],
+            ports_proto: 0,
+        };
+    }
+    HashTuple {
+        src,
+        dst: halves(&key.dst),
+        ports_proto: u64::from(u16::from_be(key.sport_be)) << 32
+            | u64::from(u16::from_be(key.dport_be)) << 16
+            | u64::from(key.proto),
+    }
+}
+
+/// An address as [`HashTuple`] wants it: two words in host byte order, IPv4 in the low half of the second.
+#[inline(always)]
+fn halves(address: &Addr) -> [u64; 2] {
+    if address.is_v4() {
+        return [0, u64::from(u32::from_be(address.v4_be()))];
+    }
+    let bits = address.to_bits();
+    [(bits >> 64) as u64, bits as u64]
+}
+
+#[inline(always)]
+fn address_of(backend: &Backend, family: Family) -> Addr {
+    match family {
+        Family::V4 => backend.addr4,
+        Family::V6 => backend.addr6,
+    }
+}
+
+/// Whether a backend has no address of a family.
+#[inline(always)]
+fn is_absent(backend: &Backend, family: Family) -> bool {
+    match family {
+        Family::V4 => backend.addr4.words == [0; 4],
+        Family::V6 => backend.addr6.words == [0; 4],
+    }
+}
+
+/// Claims the reverse entry; where a live flow owns the tuple, under another source port (in `key`).
+#[inline(always)]
+fn claim_reverse(key: &mut FlowKey, reverse: &Flow, hash: u32) -> Result<(), Reason> {
+    for attempt in 0..PORT_TRIES {
+        if claim(key, reverse) {
+            return Ok(());
+        }
+        // Ports 32768 to 65535, from a place of the flow's own; an odd step never repeats one.
+        let port = 0x8000 | (hash.wrapping_add(attempt.wrapping_mul(7919)) & 0x7fff);
+        key.dport_be = (port as u16).to_be();
+    }
+    Err(Reason::NoSourcePort)
+}
+
+/// Writes the reverse entry unless a live flow owns its key.
+#[inline(always)]
+fn claim(key: &FlowKey, reverse: &Flow) -> bool {
+    if key.proto == PROTO_TCP && Table::Established.get(key).is_some() {
+        return false;
+    }
+    if Table::Recent.claim(key, reverse) {
+        return true;
+    }
+    match Table::Recent.get(key) {
+        Some(owner) if is_ours(owner.flow(), reverse) || flow::is_over(owner.flags()) => {
+            Table::Recent.put(key, reverse)
+        }
+        _ => false,
+    }
+}
+
+/// Whether an entry is what is left of the same client flow.
+#[inline(always)]
+fn is_ours(owner: &Flow, reverse: &Flow) -> bool {
+    owner.addr == reverse.addr
+        && owner.port_be == reverse.port_be
+        && owner.client_port_be == reverse.client_port_be
+}

@@ -1,0 +1,287 @@
+//! The kernel programs without a network: bytes in, verdict and bytes out (`BPF_PROG_TEST_RUN`).
+//!
+//! A [`Node`] is one load of the committed object with small maps of its own. A test run has no device but
+//! loopback, so the sender is told by what `ENDPOINTS` holds for loopback's index; where a packet goes is told
+//! by the MAC addresses that the program wrote. The object of another build is taken from `WEFT_BPF_OBJECT`.
+
+pub mod bytes;
+pub mod packet;
+pub mod stage;
+
+use std::{net::IpAddr, path::PathBuf};
+
+use aya::{
+    Ebpf, EbpfLoader, TestRun, TestRunOptions,
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, ProgramArray},
+    programs::SchedClassifier,
+};
+use ebpf_common::{
+    layout::{
+        Addr, Backend, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint, Flow, FlowKey, PROGRAM_POD,
+        PROGRAM_TUNNEL, Vip, VipKey,
+    },
+    reason::Reason,
+};
+
+use self::bytes::Bytes;
+
+/// Drop (`TC_ACT_SHOT`, linux/pkt_cls.h).
+pub const DROPPED: u32 = 2;
+/// On its way to a device (`TC_ACT_REDIRECT`).
+pub const REDIRECTED: u32 = 7;
+/// What a test run sees as its device: loopback's index in every network namespace.
+const DEVICE: u32 = 1;
+
+/// What a program did with one packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The TC action.
+    pub action: u32,
+    /// The packet as the program left it.
+    pub bytes: Vec<u8>,
+}
+
+/// How many entries the maps that a test may want to fill have.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Entries of `FLOWS`.
+    pub flows: u32,
+    /// Entries of `FLOWS_LRU`.
+    pub recent: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            flows: 1024,
+            recent: 4096,
+        }
+    }
+}
+
+/// One load of the programs, with maps of its own.
+pub struct Node {
+    ebpf: Ebpf,
+    /// The kernel empties a program array when the last descriptor of it is closed.
+    _programs: ProgramArray<MapData>,
+}
+
+impl Node {
+    /// Loads the object; panics with the verifier's words where the kernel refuses it.
+    #[must_use]
+    pub fn load(sizes: Sizes) -> Self {
+        let path = object_path();
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("FLOWS", sizes.flows)
+            .map_max_entries("FLOWS_LRU", sizes.recent)
+            .map_max_entries("SLOTS", 65_536)
+            .load_file(&path)
+            .unwrap_or_else(|error| panic!("{} does not load: {error:?}", path.display()));
+        let mut programs: ProgramArray<MapData> = ebpf
+            .take_map("PROGRAMS")
+            .expect("the object has PROGRAMS")
+            .try_into()
+            .expect("PROGRAMS is a program array");
+        for (name, slot) in [
+            ("weft_dispatch_pod", None),
+            ("weft_dispatch_tunnel", None),
+            ("weft_pod", Some(PROGRAM_POD)),
+            ("weft_tunnel", Some(PROGRAM_TUNNEL)),
+        ] {
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .unwrap_or_else(|| panic!("the object has no {name}"))
+                .try_into()
+                .expect("a classifier");
+            program
+                .load()
+                .unwrap_or_else(|error| panic!("{name} is refused: {error}"));
+            if let Some(slot) = slot {
+                let fd = program.fd().expect("just loaded");
+                programs.set(slot, fd, 0).expect("a slot of PROGRAMS");
+            }
+        }
+        Self {
+            ebpf,
+            _programs: programs,
+        }
+    }
+
+    /// What the mesh and this node are.
+    pub fn configure(&mut self, config: &Config) {
+        self.array::<88>("CONFIG")
+            .set(0, config.to_array(), 0)
+            .expect("CONFIG has one element");
+    }
+
+    /// Makes an endpoint local.
+    pub fn attach(&mut self, endpoint: &Endpoint) {
+        let value = endpoint.to_array::<64>();
+        let mut local = self.hash::<16, 64>("LOCAL");
+        for address in [endpoint.addr4, endpoint.addr6] {
+            if address != Addr::default() {
+                local
+                    .insert(address.to_array::<16>(), value, 0)
+                    .expect("LOCAL has room");
+            }
+        }
+    }
+
+    /// Declares a port of a VIP.
+    pub fn declare(&mut self, key: &VipKey, vip: &Vip) {
+        self.hash::<20, 16>("VIPS")
+            .insert(key.to_array::<20>(), vip.to_array::<16>(), 0)
+            .expect("VIPS has room");
+    }
+
+    /// Writes a run of slots.
+    pub fn slots(&mut self, base: u32, backends: &[u32]) {
+        let mut slots = self.array::<4>("SLOTS");
+        for (offset, backend) in (0..).zip(backends) {
+            slots
+                .set(base + offset, backend.to_ne_bytes(), 0)
+                .expect("SLOTS has room");
+        }
+    }
+
+    /// Writes a backend.
+    pub fn backend(&mut self, index: u32, backend: &Backend) {
+        self.array::<48>("BACKENDS")
+            .set(index, backend.to_array(), 0)
+            .expect("BACKENDS has room");
+    }
+
+    /// An Ethernet frame that `sender` sends, through the dispatcher.
+    pub fn from_pod(&mut self, sender: &Endpoint, frame: &[u8]) -> Outcome {
+        self.hash::<4, 64>("ENDPOINTS")
+            .insert(DEVICE.to_ne_bytes(), sender.to_array::<64>(), 0)
+            .expect("ENDPOINTS has room");
+        self.run("weft_dispatch_pod", frame)
+    }
+
+    /// An IP packet that comes out of the tunnel, through the dispatcher.
+    pub fn from_tunnel(&mut self, packet: &[u8]) -> Outcome {
+        self.run("weft_dispatch_tunnel", packet)
+    }
+
+    /// How many packets a reason was counted for, on all CPUs.
+    pub fn count(&mut self, reason: Reason) -> u64 {
+        let reasons: PerCpuArray<&mut MapData, u64> = self
+            .ebpf
+            .map_mut("REASONS")
+            .expect("the object has REASONS")
+            .try_into()
+            .expect("a per-CPU array");
+        reasons
+            .get(&(reason as u32), 0)
+            .expect("a counter per reason")
+            .iter()
+            .sum()
+    }
+
+    /// Every reason that was counted, with its count.
+    pub fn counts(&mut self) -> Vec<(&'static str, u64)> {
+        Reason::ALL
+            .iter()
+            .map(|&reason| (reason.name(), self.count(reason)))
+            .filter(|&(_, count)| count > 0)
+            .collect()
+    }
+
+    /// The entries of a flow table, `FLOWS` or `FLOWS_LRU`.
+    pub fn flows(&mut self, table: &str) -> Vec<(FlowKey, Flow)> {
+        self.hash::<44, 48>(table)
+            .iter()
+            .map(|entry| entry.expect("a flow entry"))
+            .map(|(key, value)| (FlowKey::from_slice(&key), Flow::from_slice(&value)))
+            .collect()
+    }
+
+    fn run(&mut self, name: &str, packet: &[u8]) -> Outcome {
+        let program: &mut SchedClassifier = self
+            .ebpf
+            .program_mut(name)
+            .expect("loaded above")
+            .try_into()
+            .expect("a classifier");
+        let mut out = vec![0_u8; packet.len() + 256];
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(packet),
+                data_out: Some(&mut out),
+                ..TestRunOptions::default()
+            })
+            .unwrap_or_else(|error| panic!("{name} does not run: {error}"));
+        out.truncate(result.data_size_out as usize);
+        Outcome {
+            action: result.return_value,
+            bytes: out,
+        }
+    }
+
+    fn array<const N: usize>(&mut self, name: &str) -> Array<&mut MapData, [u8; N]> {
+        self.map(name, Array::try_from)
+    }
+
+    fn hash<const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> HashMap<&mut MapData, [u8; K], [u8; V]> {
+        self.map(name, HashMap::try_from)
+    }
+
+    fn map<'a, M>(
+        &'a mut self,
+        name: &str,
+        convert: impl FnOnce(&'a mut aya::maps::Map) -> Result<M, MapError>,
+    ) -> M {
+        let map = self
+            .ebpf
+            .map_mut(name)
+            .unwrap_or_else(|| panic!("the object has no map {name}"));
+        convert(map).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+}
+
+/// The object under test.
+fn object_path() -> PathBuf {
+    std::env::var_os("WEFT_BPF_OBJECT").map_or_else(
+        || {
+            PathBuf::from(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../ebpf/prebuilt/weft.bpf.o"
+            ))
+        },
+        PathBuf::from,
+    )
+}
+
+/// An address as maps hold it.
+#[must_use]
+pub fn addr(address: IpAddr) -> Addr {
+    match address {
+        IpAddr::V4(v4) => Addr::from_v4(v4.to_bits()),
+        IpAddr::V6(v6) => Addr::from_v6(v6.to_bits()),
+    }
+}
+
+/// A pod's endpoint by its number, with MAC addresses that tell it from every other.
+#[must_use]
+pub fn endpoint(number: u32, v4: IpAddr, v6: IpAddr) -> Endpoint {
+    let [.., high, low] = number.to_be_bytes();
+    Endpoint {
+        addr6: addr(v6),
+        addr4: addr(v4),
+        number,
+        ifindex: DEVICE,
+        flags: if number == ebpf_common::addr::NODE_ENDPOINT {
+            ENDPOINT_PLAIN_REDIRECT
+        } else {
+            0
+        },
+        quota: 0,
+        mac: [2, 0, 0, 1, high, low],
+        host_mac: [2, 0, 0, 2, high, low],
+        pad: 0,
+    }
+}
