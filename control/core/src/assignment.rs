@@ -10,9 +10,9 @@ use std::{collections::BTreeMap, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    base::KnowledgeBase,
+    base::{Binding, BindingState, KnowledgeBase, STOP_GRACE_MS},
     goal::{Port, Requests, Writers},
-    name::Name,
+    name::{Name, ServiceName, Slot},
     report::InstanceId,
 };
 
@@ -68,6 +68,95 @@ pub struct HostLine {
 /// What `cluster` must run and stop, stops first.
 #[must_use]
 pub fn project(kb: &KnowledgeBase, cluster: &Name) -> Vec<Assignment> {
-    let _ = (kb, cluster);
-    Vec::new()
+    let stop = |id: InstanceId| Assignment {
+        id,
+        want: Want::Stop,
+        grace_ms: STOP_GRACE_MS,
+    };
+    let owed = kb.owed_stops.get(cluster).into_iter().flatten().cloned();
+    let mut stops: Vec<Assignment> = owed.map(stop).collect();
+    let mut runs = Vec::new();
+    for (slot, bindings) in &kb.slots {
+        for (epoch, binding) in bindings.iter().filter(|(_, b)| b.cluster == *cluster) {
+            let id = slot.at(*epoch);
+            if binding.state == BindingState::Stopping {
+                stops.push(stop(id));
+            } else {
+                runs.push(Assignment {
+                    want: Want::Run(Box::new(run(kb, slot, *epoch, binding))),
+                    id,
+                    grace_ms: STOP_GRACE_MS,
+                });
+            }
+        }
+    }
+    stops.extend(runs);
+    stops
+}
+
+fn run(kb: &KnowledgeBase, slot: &Slot, epoch: u64, binding: &Binding) -> Run {
+    let template = &binding.template;
+    let mut env = template.env.clone();
+    let mut hosts = Vec::new();
+    for callee in &template.calls {
+        addresses(kb, &slot.service, callee, &mut env, &mut hosts);
+    }
+    env.insert("WEFT_SERVICE".to_owned(), slot.service.to_string());
+    env.insert("WEFT_INSTANCE".to_owned(), slot.instance.to_string());
+    env.insert("WEFT_EPOCH".to_owned(), epoch.to_string());
+    env.insert("WEFT_CLUSTER".to_owned(), binding.cluster.to_string());
+    Run {
+        image: template.image.clone(),
+        command: template.command.clone(),
+        env,
+        hosts,
+        requests: template.requests,
+        ports: template.ports.clone(),
+        writers: template.writers,
+    }
+}
+
+/// Tells a caller how to reach `callee`: `WEFT_<SERVICE>_<POLICY>_ADDR` (IPv4 where there is one, for programs
+/// that know no better; `_ADDR4` and `_ADDR6` say which), and names for /etc/hosts: `<policy>.<service>`, and
+/// `<service>` for its first policy. A service of another application is `<service>.<application>`, one of
+/// another namespace `<service>.<application>.<namespace>`.
+fn addresses(
+    kb: &KnowledgeBase,
+    caller: &ServiceName,
+    callee: &ServiceName,
+    env: &mut BTreeMap<String, String>,
+    hosts: &mut Vec<HostLine>,
+) {
+    let mut name = callee.service.to_string();
+    if callee.app() != caller.app() {
+        name = format!("{name}.{}", callee.application);
+    }
+    if callee.namespace != caller.namespace {
+        name = format!("{name}.{}", callee.namespace);
+    }
+    for (i, vip) in kb.vips(callee).into_iter().enumerate() {
+        let policy = vip.policy.to_string();
+        let (key, host) = match vip.instance {
+            Some(instance) => (
+                format!("{name}_{policy}_{instance}"),
+                format!("{instance}.{policy}.{name}"),
+            ),
+            None => (format!("{name}_{policy}"), format!("{policy}.{name}")),
+        };
+        let key = format!("WEFT_{}_ADDR", key.to_uppercase().replace(['-', '.'], "_"));
+        let addr6 = IpAddr::V6(vip.addr6);
+        let addr4 = vip.addr4.map(IpAddr::V4);
+        env.insert(key.clone(), addr4.unwrap_or(addr6).to_string());
+        env.insert(format!("{key}6"), addr6.to_string());
+        if let Some(addr4) = addr4 {
+            env.insert(format!("{key}4"), addr4.to_string());
+        }
+        for address in addr4.into_iter().chain([addr6]) {
+            let mut names = vec![host.clone()];
+            if i == 0 {
+                names.push(name.clone());
+            }
+            hosts.push(HostLine { address, names });
+        }
+    }
 }

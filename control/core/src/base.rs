@@ -314,18 +314,13 @@ impl KnowledgeBase {
             .get(&service.service)
     }
 
-    /// The slot's live binding outside a migration, or a migration's source: active, or draining.
+    /// The slot's live binding: the one that takes new flows (I7: there is at most one).
     #[must_use]
     pub fn live(&self, slot: &Slot) -> Option<(u64, &Binding)> {
-        let bindings = self.slots.get(slot)?;
-        let of = |want: fn(&BindingState) -> bool| {
-            bindings
-                .iter()
-                .rev()
-                .find(|(_, binding)| want(&binding.state))
-                .map(|(epoch, binding)| (*epoch, binding))
-        };
-        of(|state| *state == BindingState::Active)
-            .or_else(|| of(|state| matches!(state, BindingState::Draining { .. })))
+        self.slots
+            .get(slot)?
+            .iter()
+            .find(|(_, binding)| binding.state == BindingState::Active)
+            .map(|(epoch, binding)| (*epoch, binding))
     }
 }

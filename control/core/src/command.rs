@@ -271,7 +271,7 @@ pub enum Refusal {
         /// The cluster.
         cluster: Name,
         /// Each with its numbers.
-        reasons: Vec<String>,
+        reasons: Box<[String]>,
     },
     /// A service with one writer waits until the old copy is certainly fenced.
     #[error("{slot} has one writer: its old copy is fenced only in {wait_ms} ms")]

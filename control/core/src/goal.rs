@@ -19,12 +19,25 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::unit::{Bandwidth, Bytes, Cpu, Latency};
+use self::{check::Check, document::Document};
 use crate::{
+    command::Refusal,
     name::{AppName, Name, ServiceName},
     report::Tier,
 };
 
+mod check;
+mod document;
+#[cfg(test)]
+mod tests;
 pub mod unit;
+
+/// The only version there is.
+pub const API_VERSION: &str = "weft.dev/v1alpha1";
+/// The only kind there is.
+pub const KIND: &str = "MeshApplication";
+/// The most slots that one service may have.
+pub const MAX_REPLICAS: u32 = 1000;
 
 /// A checked application: a graph of services and the goals of its owner.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +52,42 @@ pub struct Application {
     pub weights: Weights,
     /// Who else may call.
     pub grants: Vec<Grant>,
+}
+
+impl Application {
+    /// The rules that bind the fields to each other: [`parse`] keeps them, and a command that came another way
+    /// is held to them too.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let invalid = |path: String, problem: &str| {
+            Err(Refusal::Invalid {
+                path,
+                problem: problem.to_owned(),
+            })
+        };
+        for (name, service) in &self.services {
+            let path = format!("spec.services.{name}.replicas");
+            if service.replicas > MAX_REPLICAS {
+                return invalid(path, "is out of range: use 0 to 1000");
+            }
+            if service.writers == Writers::One && service.replicas > 1 {
+                return invalid(path, "is more than 1 with writers: one: set replicas: 1");
+            }
+        }
+        for (i, link) in self.links.iter().enumerate() {
+            let path = format!("spec.links[{i}]");
+            let own = link.to.app() == self.name;
+            if !self.services.contains_key(&link.from) {
+                return invalid(path, "is from a service that there is not");
+            }
+            if own && !self.services.contains_key(&link.to.service) {
+                return invalid(path, "is to a service that there is not");
+            }
+            if own && link.to.service == link.from {
+                return invalid(path, "is from a service to itself: remove it");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One service.
@@ -273,14 +322,64 @@ impl fmt::Display for GoalError {
     }
 }
 
-/// The applications of a goal file; every error of every document at once.
+/// The applications of a goal file, one per document; every semantic error of every document at once.
 pub fn parse(yaml: &str) -> Result<Vec<Application>, GoalErrors> {
-    let _ = yaml;
-    Ok(Vec::new())
+    let documents: Vec<Document> = serde_saphyr::from_multiple(yaml).map_err(|error| {
+        GoalErrors(vec![GoalError {
+            path: String::new(),
+            line: error.location().map_or(0, |location| location.line()),
+            message: first_line(&error.without_snippet().to_string()),
+        }])
+    })?;
+    let mut check = Check::default();
+    let mut applications: Vec<Application> = Vec::new();
+    for document in &documents {
+        let Some(application) = check.document(document) else {
+            continue;
+        };
+        if applications
+            .iter()
+            .any(|other| other.name == application.name)
+        {
+            check.errors.push(GoalError {
+                path: "metadata.name".to_owned(),
+                line: document.metadata.name.referenced.line(),
+                message: format!(
+                    "{} is in this file twice: keep one document of it",
+                    application.name
+                ),
+            });
+        }
+        applications.push(application);
+    }
+    if documents.is_empty() {
+        check.errors.push(GoalError {
+            path: String::new(),
+            line: 0,
+            message: "the file holds no document: write one of kind MeshApplication".to_owned(),
+        });
+    }
+    if check.errors.is_empty() {
+        Ok(applications)
+    } else {
+        Err(GoalErrors(check.errors))
+    }
+}
+
+/// The parser's message without the location that it repeats, and without advice about the parser's options.
+fn first_line(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    let end = [" at line ", ", set DuplicateKeyPolicy"]
+        .iter()
+        .filter_map(|tail| line.rfind(tail))
+        .min()
+        .unwrap_or(line.len());
+    line[..end].to_owned()
 }
 
 /// The JSON Schema of a goal file's document.
 #[must_use]
 pub fn schema() -> serde_json::Value {
-    serde_json::Value::Null
+    schemars::schema_for!(Document).to_value()
 }

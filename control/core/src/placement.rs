@@ -12,6 +12,19 @@ use crate::{
     name::{Name, ServiceName, Slot},
 };
 
+pub use self::{
+    filter::{Held, STALE_MS, Unfit},
+    search::{Answer, Task, place},
+    view::View,
+};
+
+mod filter;
+mod objective;
+mod search;
+#[cfg(test)]
+mod tests;
+mod view;
+
 /// The terms of the objective, each already weighted, micro-EUR per hour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Parts {
@@ -92,6 +105,17 @@ pub enum Verdict {
 /// Explains every slot of a service at `now_ms`; empty when there is no such service.
 #[must_use]
 pub fn explain(kb: &KnowledgeBase, service: &ServiceName, now_ms: u64) -> Vec<Explanation> {
-    let _ = (kb, service, now_ms);
-    Vec::new()
+    let (Some(goal), Some(state)) = (kb.goal(service), kb.services.get(service)) else {
+        return Vec::new();
+    };
+    let view = View::new(kb, now_ms);
+    (0..goal.replicas)
+        .map(|instance| service.slot(instance))
+        .map(|slot| Explanation {
+            bound: view.at(&slot).cloned(),
+            decision: state.decision.clone(),
+            now: view.verdicts(&slot),
+            slot,
+        })
+        .collect()
 }

@@ -4,10 +4,17 @@
 //! epoch that was seen, and the Knowledge Base refuses it when that has passed.
 
 use crate::{
-    base::KnowledgeBase,
-    command::{Command, Refusal},
-    name::{Name, Slot},
+    base::{AppState, Binding, BindingState, KnowledgeBase},
+    command::{Bind, Command, Reason, Refusal, StartMigration},
+    goal::Writers,
+    migration::{self, Event, State},
+    name::{AppName, Name, Slot},
+    placement::{self, Answer, Held, Task, Verdict, View},
+    report::Phase,
 };
+
+#[cfg(test)]
+mod tests;
 
 /// What the plan may do beside what the Knowledge Base says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,11 +50,203 @@ pub enum Failover {
     Paused,
 }
 
+/// A slot that was bound longer ago than this may move because the world changed, milliseconds; after a change
+/// of its goals it may move at once.
+const COOL_DOWN_MS: u64 = 600_000;
+
 /// What to propose at `now_ms` (the proposer's time, as in [`crate::command::Batch`]).
 #[must_use]
 pub fn plan(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Command> {
-    let _ = (kb, inputs, now_ms);
-    Vec::new()
+    let now_ms = now_ms.max(kb.log_time_ms);
+    let mut commands = advance(kb, inputs, now_ms);
+    commands.extend(end_drains(kb, now_ms));
+    // One view for all applications, so that what one is given is not promised to the next.
+    let mut view = View::new(kb, now_ms);
+    for (app, state) in &kb.applications {
+        commands.extend(place_application(
+            &mut view,
+            (kb, inputs, now_ms),
+            (app, state),
+        ));
+    }
+    commands
+}
+
+/// What has happened to the running migrations.
+fn advance(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Command> {
+    let running = kb.migrations.iter().filter(|(_, m)| m.state.is_running());
+    running
+        .filter_map(|(slot, migration)| {
+            let late = migration.state == State::Starting
+                && now_ms.saturating_sub(migration.state_since_ms) >= inputs.start_ms;
+            let event = migration::observe(kb, slot, migration, now_ms)
+                .or(late.then_some(Event::TargetFailed))?;
+            Some(Command::AdvanceMigration {
+                slot: slot.clone(),
+                target: migration.target,
+                event,
+            })
+        })
+        .collect()
+}
+
+/// Draining bindings outside migrations that may stop.
+fn end_drains(kb: &KnowledgeBase, now_ms: u64) -> Vec<Command> {
+    let mut commands = Vec::new();
+    for (slot, bindings) in &kb.slots {
+        if kb.migrating(slot).is_some() {
+            continue;
+        }
+        for (epoch, binding) in bindings {
+            if let BindingState::Draining { deadline_ms } = binding.state
+                && (now_ms >= deadline_ms || migration::drained(kb, slot, *epoch))
+            {
+                commands.push(Command::Unbind {
+                    slot: slot.clone(),
+                    epoch: *epoch,
+                });
+            }
+        }
+    }
+    commands
+}
+
+/// Why a live binding has to be made anew.
+enum Broken {
+    /// Anywhere, the same cluster too.
+    Anywhere,
+    /// Anywhere but where it is.
+    Elsewhere,
+}
+
+fn broken(kb: &KnowledgeBase, inputs: &Inputs, binding: &Binding, now_ms: u64) -> Option<Broken> {
+    if kb.is_lost(&binding.cluster) {
+        return (inputs.failover == Failover::Run).then_some(Broken::Elsewhere);
+    }
+    let since_ms = now_ms.saturating_sub(binding.phase_since_ms);
+    match binding.phase {
+        Phase::Ready => None,
+        Phase::Stopped => Some(Broken::Anywhere),
+        Phase::Refused => Some(Broken::Elsewhere),
+        Phase::NotReady => (since_ms >= inputs.not_ready_ms).then_some(Broken::Elsewhere),
+        Phase::Starting => (since_ms >= inputs.start_ms).then_some(Broken::Elsewhere),
+    }
+}
+
+fn place_application(
+    view: &mut View<'_>,
+    (kb, inputs, now_ms): (&KnowledgeBase, &Inputs, u64),
+    (app, state): (&AppName, &AppState),
+) -> Vec<Command> {
+    let mut task = Task::default();
+    let mut outdated = Vec::new();
+    let mut moving = 0;
+    for (service, goal) in &state.spec.services {
+        let service = app.service(service);
+        for slot in (0..goal.replicas).map(|instance| service.slot(instance)) {
+            if kb.migrating(&slot).is_some() {
+                moving += 1;
+                continue;
+            }
+            let fenced = kb.fence_wait(&slot, now_ms) == 0;
+            match kb.live(&slot) {
+                None if fenced => _ = task.pending.insert(slot),
+                None => {}
+                Some((_, binding)) => match broken(kb, inputs, binding, now_ms) {
+                    None => {
+                        let service = kb.services.get(&slot.service);
+                        if service.is_some_and(|s| s.template != binding.template) {
+                            outdated.push(slot.clone());
+                        }
+                        let rested = now_ms.saturating_sub(binding.since_ms) >= COOL_DOWN_MS;
+                        let goal_is_newer = binding.since_ms < state.changed_ms
+                            || binding.generation < state.generation;
+                        let ready = binding.phase == Phase::Ready;
+                        if ready
+                            && binding.template.writers == Writers::Many
+                            && (rested || goal_is_newer)
+                        {
+                            task.movable.insert(slot);
+                        }
+                    }
+                    Some(_) if !fenced => {}
+                    Some(Broken::Anywhere) => _ = task.pending.insert(slot),
+                    Some(Broken::Elsewhere) => {
+                        task.avoid.insert(slot.clone(), binding.cluster.clone());
+                        task.pending.insert(slot);
+                    }
+                },
+            }
+        }
+    }
+    if moving >= inputs.moves {
+        task.movable.clear();
+    }
+    let answer = if task.pending.is_empty() && task.movable.is_empty() {
+        Answer::default()
+    } else {
+        placement::place(view, app, &task)
+    };
+    let session = |name: &Name| kb.clusters.get(name).map_or(0, |cluster| cluster.session);
+    let mut commands = Vec::new();
+    for (slot, decision) in answer.binds {
+        view.place(&slot, &decision.cluster);
+        commands.push(Command::Bind(Box::new(Bind {
+            replaces: kb.live(&slot).map(|(epoch, _)| epoch),
+            cluster: decision.cluster.clone(),
+            session: session(&decision.cluster),
+            generation: state.generation,
+            decision,
+            slot,
+        })));
+    }
+    let moves = answer.moves.into_iter().map(|(slot, reason, decision)| {
+        let to = decision.cluster.clone();
+        (slot, reason, to, Some(decision))
+    });
+    let mut moves: Vec<_> = moves.collect();
+    for slot in outdated {
+        if let Some(to) = update_target(view, kb, &slot)
+            && moves.iter().all(|(moved, ..)| *moved != slot)
+        {
+            moves.push((slot, Reason::Update, to, None));
+        }
+    }
+    for (slot, reason, to, decision) in moves.into_iter().take(inputs.moves.saturating_sub(moving))
+    {
+        let Some((source, _)) = kb.live(&slot) else {
+            continue;
+        };
+        view.place(&slot, &to);
+        commands.push(Command::StartMigration(Box::new(StartMigration {
+            source,
+            session: session(&to),
+            generation: state.generation,
+            reason,
+            decision,
+            slot,
+            to,
+        })));
+    }
+    commands
+}
+
+/// Where the new version of a slot starts: where the old one runs if there is room for both, else in the
+/// cheapest cluster that has room.
+fn update_target(view: &View<'_>, kb: &KnowledgeBase, slot: &Slot) -> Option<Name> {
+    let here = &kb.live(slot)?.1.cluster;
+    if view.refusals(slot, here, Held::New).is_empty() {
+        return Some(here.clone());
+    }
+    view.verdicts(slot)
+        .into_iter()
+        .filter(|(name, _)| name != here)
+        .filter_map(|(name, verdict)| match verdict {
+            Verdict::Eligible(parts) => Some((parts.total(), name)),
+            Verdict::Refused(_) => None,
+        })
+        .min()
+        .map(|(_, name)| name)
 }
 
 /// The command by which a user moves a slot to `to`; refused where that cluster cannot take it.
@@ -57,6 +256,46 @@ pub fn request_move(
     to: &Name,
     now_ms: u64,
 ) -> Result<Command, Refusal> {
-    let _ = (kb, to, now_ms);
-    Err(Refusal::UnknownService(slot.service.clone()))
+    let unknown = || Refusal::UnknownService(slot.service.clone());
+    let app = kb
+        .applications
+        .get(&slot.service.app())
+        .ok_or_else(unknown)?;
+    let goal = kb.goal(&slot.service).ok_or_else(unknown)?;
+    let cluster = kb
+        .clusters
+        .get(to)
+        .ok_or_else(|| Refusal::UnknownCluster(to.clone()))?;
+    if slot.instance >= goal.replicas {
+        return Err(Refusal::UnknownSlot {
+            slot: slot.clone(),
+            replicas: goal.replicas,
+        });
+    }
+    if kb.migrating(slot).is_some() {
+        return Err(Refusal::Migrating(slot.clone()));
+    }
+    let Some((source, _)) = kb.live(slot) else {
+        return Err(Refusal::WrongEvent {
+            slot: slot.clone(),
+            problem: "is not bound yet: see weft explain".to_owned(),
+        });
+    };
+    let reasons = View::new(kb, now_ms).refusals(slot, to, Held::New);
+    if !reasons.is_empty() {
+        return Err(Refusal::Ineligible {
+            slot: slot.clone(),
+            cluster: to.clone(),
+            reasons: reasons.iter().map(ToString::to_string).collect(),
+        });
+    }
+    Ok(Command::StartMigration(Box::new(StartMigration {
+        slot: slot.clone(),
+        source,
+        to: to.clone(),
+        session: cluster.session,
+        generation: app.generation,
+        reason: Reason::User,
+        decision: None,
+    })))
 }

@@ -5,18 +5,21 @@
 //! probing. A node's table holds the services that its instances link to, or that are granted to it, and no
 //! other (DESIGN section 4, who may call).
 
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 pub use crate::base::Vip;
 use crate::{
-    base::KnowledgeBase,
-    goal::Port,
+    base::{BindingState, KnowledgeBase, Node},
+    goal::{Grantee, Port},
     name::{Name, ServiceName},
-    report::EndpointFact,
+    report::{EndpointFact, Phase},
 };
+
+#[cfg(test)]
+mod tests;
 
 /// Which state of the Knowledge Base a table shows: ordered by incarnation, then log index.
 #[derive(
@@ -107,6 +110,10 @@ pub enum BackendState {
     Probing,
 }
 
+/// Up to this many nodes every node is every other's peer, so that round-trip times are known before anything
+/// is placed; in a larger mesh only those between which traffic may flow, and one of each other cluster.
+const FULL_MESH_NODES: usize = 64;
+
 /// The table of one node; `None` while it has no number.
 #[must_use]
 pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTable> {
@@ -114,14 +121,210 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTab
     let here = kb.clusters.get(cluster)?;
     let this = here.nodes.get(node)?;
     let with4 = here.without_ipv4.is_none();
+    let callable = callable(kb, cluster, node);
+    let services: Vec<Service> = callable
+        .iter()
+        .filter_map(|name| service(kb, name, with4))
+        .collect();
     Some(NodeTable {
         revision: kb.revision(),
         prefix6: mesh.prefix6,
         prefix4: mesh.prefix4.filter(|_| with4),
         seed: mesh.seed,
         number: this.number,
-        blocks4: Vec::new(),
-        peers: Vec::new(),
-        services: Vec::new(),
+        blocks4: blocks4(kb, this),
+        peers: peers(kb, (cluster, node), &services),
+        services,
     })
+}
+
+/// The services that `from` may call: those it links to (in another namespace only with a grant), and those
+/// that are granted to its namespace.
+fn callable_from(kb: &KnowledgeBase, from: &ServiceName) -> BTreeSet<ServiceName> {
+    let granted = |grantee: &Grantee| *grantee == Grantee::Namespace(from.namespace.clone());
+    let mut services = granted_services(kb, granted);
+    if let Some(app) = kb.applications.get(&from.app()) {
+        let links = app.spec.links.iter();
+        services.extend(
+            links
+                .filter(|link| link.from == from.service && link.to.namespace == from.namespace)
+                .map(|link| link.to.clone()),
+        );
+    }
+    services
+}
+
+fn granted_services(
+    kb: &KnowledgeBase,
+    granted: impl Fn(&Grantee) -> bool,
+) -> BTreeSet<ServiceName> {
+    let mut services = BTreeSet::new();
+    for (name, app) in &kb.applications {
+        for grant in app.spec.grants.iter().filter(|grant| granted(&grant.to)) {
+            let of = |service: &Name| name.service(service);
+            if grant.services.is_empty() {
+                services.extend(app.spec.services.keys().map(of));
+            } else {
+                services.extend(grant.services.iter().map(of));
+            }
+        }
+    }
+    services
+}
+
+/// The services that a node's table holds.
+fn callable(kb: &KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<ServiceName> {
+    let to_hosts = |grantee: &Grantee| *grantee == Grantee::HostsOf(cluster.clone());
+    let mut services = granted_services(kb, to_hosts);
+    let callers: BTreeSet<&ServiceName> = kb
+        .slots
+        .iter()
+        .filter(|(_, bindings)| {
+            bindings
+                .values()
+                .any(|binding| binding.cluster == *cluster && binding.node == node)
+        })
+        .map(|(slot, _)| &slot.service)
+        .collect();
+    for caller in callers {
+        services.extend(callable_from(kb, caller));
+    }
+    services
+}
+
+/// The nodes whose tables hold `service`, by cluster and name.
+#[must_use]
+pub fn concerned(kb: &KnowledgeBase, service: &ServiceName) -> BTreeSet<(Name, String)> {
+    let callers: BTreeSet<&ServiceName> = kb
+        .slots
+        .keys()
+        .map(|slot| &slot.service)
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .filter(|caller| callable_from(kb, caller).contains(service))
+        .collect();
+    let mut nodes: BTreeSet<(Name, String)> = kb
+        .slots
+        .iter()
+        .filter(|(slot, _)| callers.contains(&slot.service))
+        .flat_map(|(_, bindings)| bindings.values())
+        .filter(|binding| !binding.node.is_empty())
+        .map(|binding| (binding.cluster.clone(), binding.node.clone()))
+        .collect();
+    for (name, cluster) in &kb.clusters {
+        let to_hosts = |grantee: &Grantee| *grantee == Grantee::HostsOf(name.clone());
+        if granted_services(kb, to_hosts).contains(service) {
+            nodes.extend(
+                cluster
+                    .nodes
+                    .keys()
+                    .map(|node| (name.clone(), node.clone())),
+            );
+        }
+    }
+    nodes
+}
+
+/// A service with its backends; `None` when it is linked to but not there.
+fn service(kb: &KnowledgeBase, name: &ServiceName, with4: bool) -> Option<Service> {
+    let goal = kb.goal(name)?;
+    let number = kb.services.get(name)?.number6;
+    let mut vips = kb.vips(name);
+    let mut backends = backends(kb, name);
+    if !with4 {
+        vips.iter_mut().for_each(|vip| vip.addr4 = None);
+        backends.iter_mut().for_each(|b| b.endpoint.addr4 = None);
+    }
+    Some(Service {
+        name: name.clone(),
+        number,
+        ports: goal.ports.clone(),
+        vips,
+        backends,
+    })
+}
+
+fn backends(kb: &KnowledgeBase, name: &ServiceName) -> Vec<Backend> {
+    let slots = kb
+        .slots
+        .range(name.slot(0)..)
+        .take_while(|(slot, _)| slot.service == *name);
+    slots
+        .flat_map(|(slot, bindings)| bindings.iter().map(move |(epoch, b)| (slot, *epoch, b)))
+        .filter_map(|(slot, epoch, binding)| {
+            let state = match binding.state {
+                BindingState::Active => BackendState::Ready,
+                BindingState::Probing => BackendState::Probing,
+                BindingState::Draining { .. } => BackendState::Draining,
+                BindingState::Stopping => return None,
+            };
+            let node = kb
+                .clusters
+                .get(&binding.cluster)?
+                .nodes
+                .get(&binding.node)?;
+            let ready = binding.phase == Phase::Ready;
+            let endpoint = binding.endpoint.clone().filter(|_| ready)?;
+            Some(Backend {
+                instance: slot.instance,
+                epoch,
+                node: node.number,
+                endpoint,
+                state,
+            })
+        })
+        .collect()
+}
+
+fn blocks4(kb: &KnowledgeBase, node: &Node) -> Vec<Ipv4Net> {
+    let mesh = kb.mesh.as_ref();
+    node.blocks4
+        .keys()
+        .filter_map(|block| mesh?.block4(*block))
+        .collect()
+}
+
+fn peers(kb: &KnowledgeBase, (cluster, node): (&Name, &str), services: &[Service]) -> Vec<Peer> {
+    let total: usize = kb.clusters.values().map(|c| c.nodes.len()).sum();
+    let mut wanted: BTreeSet<u32> = BTreeSet::new();
+    if total > FULL_MESH_NODES {
+        wanted.extend(services.iter().flat_map(|s| &s.backends).map(|b| b.node));
+        let served: BTreeSet<&ServiceName> = kb
+            .slots
+            .iter()
+            .filter(|(_, b)| b.values().any(|b| b.cluster == *cluster && b.node == node))
+            .map(|(slot, _)| &slot.service)
+            .collect();
+        for service in served {
+            wanted.extend(
+                concerned(kb, service)
+                    .into_iter()
+                    .filter_map(|(cluster, node)| {
+                        Some(kb.clusters.get(&cluster)?.nodes.get(&node)?.number)
+                    }),
+            );
+        }
+        wanted.extend(kb.clusters.values().filter_map(|cluster| {
+            let mut nodes = cluster.nodes.values();
+            Some(nodes.find(|node| node.report.ready)?.number)
+        }));
+    }
+    let mut peers = Vec::new();
+    for (name, other) in &kb.clusters {
+        for (peer, facts) in &other.nodes {
+            let this = name == cluster && peer == node;
+            let needed = total <= FULL_MESH_NODES || wanted.contains(&facts.number);
+            if this || !needed || facts.report.public_key.is_empty() {
+                continue;
+            }
+            peers.push(Peer {
+                number: facts.number,
+                name: format!("{name}/{peer}"),
+                public_key: facts.report.public_key.clone(),
+                endpoint: facts.report.tunnel,
+                blocks4: blocks4(kb, facts),
+            });
+        }
+    }
+    peers
 }

@@ -108,7 +108,7 @@ fn parse(
         }
         let parts: u128 = fraction.parse().map_err(|_| form())?;
         let ten = 10u128.pow(fraction.len() as u32);
-        if parts * u128::from(scale) % ten != 0 {
+        if !(parts * u128::from(scale)).is_multiple_of(ten) {
             return Err(range("it is finer than the smallest unit"));
         }
         value += parts * u128::from(scale) / ten;
