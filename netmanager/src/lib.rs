@@ -9,11 +9,20 @@
 //! What is decided ([`policy`], [`plan`], [`attachments`], [`routes`]) is pure and apart from what acts. The
 //! daemon may die at any time: everything that forwards lives in the kernel and is taken over.
 
+pub mod attachments;
+pub mod cli;
+pub mod daemon;
 pub mod datapath;
+pub mod door;
+pub mod follow;
 pub mod janitor;
 pub mod links;
+pub mod metrics;
 pub mod plan;
 pub mod policy;
+pub mod probe;
 pub mod routes;
+pub mod store;
+pub mod table_file;
 pub mod tunnel;
 pub mod wireguard;

@@ -1,28 +1,28 @@
-//! `weft-netmanager`: the node daemon and the userspace tunnel.
+//! Starts the NetManager.
+#![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use weft_netmanager::tunnel;
-
-#[derive(Parser)]
-#[command(version, about)]
-enum Command {
-    /// Carries the userspace tunnel; started by the daemon, outlives it.
-    Tunnel(tunnel::Options),
-}
+use weft_netmanager::{cli::Cli, follow::chain};
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| tunnel::LOG.into());
-    tracing_subscriber::fmt().with_env_filter(filter).init();
-    let result = match Command::parse() {
-        Command::Tunnel(options) => tunnel::run(&options).map_err(anyhow::Error::from),
-    };
-    match result {
+    let cli = Cli::parse();
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(cli.default_log()));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    match cli.execute() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -1,0 +1,233 @@
+//! The daemon: one loop that takes what happens, and makes the kernel match what should be.
+//!
+//! Start, in this order: check the machine, take the state directory, load or take over the programs, read
+//! back what the maps hold, open the CNI door, forward with the last table on disk, then follow the agent.
+//! Every event changes one thing that is known ([`node`]) and ends in the same reconciliation.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    datapath::{BpfDatapath, DatapathError, HookMode, Options, Sizes, preflight},
+    door::{Door, DoorError},
+    follow::{self, Agent, FollowError, Outbox},
+    links::{self, Links, LinksError},
+    metrics::{self, Gauges},
+    store::{Store, StoreError},
+    table_file,
+    tunnel::mtu_over,
+};
+
+mod attach;
+mod node;
+mod tunnels;
+
+use node::Node;
+pub use tunnels::TunnelSettings;
+
+/// How often what needs a clock is looked at.
+const TICK: Duration = Duration::from_secs(1);
+/// Links come and go in bursts; one look after the burst is enough.
+const CALM: Duration = Duration::from_millis(20);
+
+/// Everything that a start chooses.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The node's name within its cluster.
+    pub node: String,
+    /// The agent; `None` follows nobody.
+    pub agent: Option<Agent>,
+    /// A table in a file, instead of an agent's.
+    pub table: Option<PathBuf>,
+    /// The state directory.
+    pub state: PathBuf,
+    /// The CNI socket.
+    pub socket: PathBuf,
+    /// Where pins go.
+    pub bpffs: PathBuf,
+    /// How links carry programs; `None` asks the kernel.
+    pub hook: Option<HookMode>,
+    /// Sizes of new maps.
+    pub sizes: Sizes,
+    /// How many established flows a pod may have; 0 is no limit.
+    pub quota: u32,
+    /// Names of the two ends of the node endpoint: the one with the addresses, the one with the program.
+    pub endpoint_names: (String, String),
+    /// The tunnel.
+    pub tunnel: TunnelSettings,
+    /// Addresses by which other nodes reach this one; empty asks the kernel.
+    pub underlay: Vec<IpAddr>,
+    /// Where to serve metrics.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Why the daemon did not start or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The kernel's side.
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    /// The state directory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The CNI door.
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    /// The host's network.
+    #[error(transparent)]
+    Links(#[from] LinksError),
+    /// The credentials.
+    #[error(transparent)]
+    Follow(#[from] FollowError),
+    /// The tunnel.
+    #[error(transparent)]
+    Tunnels(#[from] crate::wireguard::TunnelsError),
+    /// The metrics' address.
+    #[error("failed to serve metrics on {address}")]
+    Metrics {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A signal cannot be handled.
+    #[error("failed to handle signals")]
+    Signal(#[source] io::Error),
+}
+
+/// Runs until SIGTERM or SIGINT; what forwards in the kernel goes on afterwards.
+///
+/// # Errors
+/// When it cannot start.
+pub async fn run(settings: Settings) -> Result<(), DaemonError> {
+    let found = preflight()?;
+    let store = Store::open(&settings.state)?;
+    if let Some(agent) = &settings.agent {
+        follow::client_tls(agent)?;
+    }
+    let default_mode = if found.has_tcx {
+        HookMode::Tcx
+    } else {
+        HookMode::Clsact
+    };
+    let mode = settings.hook.unwrap_or(default_mode);
+    let datapath = BpfDatapath::open(&Options {
+        bpffs: settings.bpffs.clone(),
+        mode,
+        sizes: settings.sizes,
+    })?;
+    let links = Links::connect()?;
+    let mtu = u32::from(mtu_over(
+        links
+            .underlay_mtu(settings.underlay.first().copied())
+            .await?,
+    ));
+    let underlay = match settings.underlay.as_slice() {
+        [] => links.underlay_addresses().await?,
+        given => given.to_vec(),
+    };
+    tracing::info!(
+        node = settings.node,
+        ?mode,
+        mtu,
+        ?underlay,
+        "the NetManager starts"
+    );
+
+    let shutdown = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    let (outbox, outgoing) = watch::channel(Outbox::default());
+    let (gauges, gauged) = watch::channel(Gauges::default());
+    if let Some(address) = settings.metrics {
+        let listener = metrics::bind(address)
+            .await
+            .map_err(|source| DaemonError::Metrics { address, source })?;
+        tasks.spawn(metrics::serve(listener, datapath.reasons()?, gauged));
+    }
+    let door = Door::bind(&settings.socket).await?;
+    let (asked_sender, mut asked) = mpsc::channel(64);
+    let (table_sender, mut tables) = mpsc::channel(4);
+    let (wanted, wanting) = watch::channel(None);
+    let device = tunnels::spawn(&mut tasks, &settings, mtu as u16, wanting, shutdown.clone())?;
+    let (mut links_changed, watching) = links::watch_links()?;
+
+    let mut node = Node::restore(node::Parts {
+        datapath,
+        links,
+        store,
+        mtu,
+        underlay,
+        wanted,
+        device: device.clone(),
+        outbox,
+        gauges,
+        shutdown: shutdown.clone(),
+        settings: settings.clone(),
+    })
+    .await?;
+    tasks.spawn(door.serve(asked_sender));
+    if let Some(agent) = settings.agent {
+        tasks.spawn(follow::follow(agent, outgoing, table_sender.clone()));
+    }
+    if let Some(path) = settings.table {
+        tasks.spawn(table_file::follow(path, table_sender.clone()));
+    }
+
+    let mut device = device;
+    let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?;
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            Some((request, reply)) = asked.recv() => {
+                // Who asked may be gone; what was done stays and is found by its key.
+                let _ = reply.send(node.answer(request).await);
+            }
+            Some(table) = tables.recv() => node.take_table(table).await,
+            Ok(()) = links_changed.changed() => {
+                sleep(CALM).await;
+                links_changed.mark_unchanged();
+                node.links_changed().await;
+            }
+            Ok(()) = device.changed() => node.tunnel_changed().await,
+            () = node.observed() => node.take_sight().await,
+            _ = ticks.tick() => node.tick().await,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping; what forwards in the kernel goes on");
+    shutdown.cancel();
+    watching.abort();
+    tasks.shutdown().await;
+    Ok(())
+}
+
+/// Kernel monotonic time, the clock of the flows.
+fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map(Duration::from)
+        .expect("every Linux has a monotonic clock")
+}
+
+/// Milliseconds since the epoch.
+fn wall_ms() -> u64 {
+    SystemTime::UNIX_EPOCH
+        .elapsed()
+        .map_or(0, |since| since.as_millis() as u64)
+}

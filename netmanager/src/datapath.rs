@@ -1,0 +1,185 @@
+//! The kernel's side of forwarding: maps that are written, links that carry a program.
+//!
+//! [`BpfDatapath`] is the real one. What should stand in the maps is decided in [`plan`](crate::plan); which
+//! links carry a program, by the daemon. Flows are the kernel's own and are only swept
+//! ([`janitor`](crate::janitor)).
+
+use std::{io, path::PathBuf};
+
+use aya::{
+    EbpfError,
+    maps::MapError,
+    pin::PinError,
+    programs::{ProgramError, tc::TcError},
+};
+
+use crate::plan::{KernelState, Op};
+
+mod batch;
+mod bpf;
+mod bpffs;
+mod preflight;
+mod raw;
+
+pub use batch::FlowTable;
+pub use bpf::{BpfDatapath, HookMode, Options, Reasons, Sizes, remove_pins};
+pub use preflight::{Preflight, preflight};
+
+/// Which program a link carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    /// The host side of an endpoint: packets that come from it.
+    Pod,
+    /// The tunnel device: packets that come out of it.
+    Tunnel,
+}
+
+/// What the daemon asks of the kernel.
+pub trait Datapath {
+    /// What the maps hold now.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    fn state(&self) -> Result<KernelState, DatapathError>;
+
+    /// Does one write.
+    ///
+    /// # Errors
+    /// When the map refuses it.
+    fn apply(&mut self, op: &Op) -> Result<(), DatapathError>;
+
+    /// Makes a link carry its program; nothing happens where it does already.
+    ///
+    /// # Errors
+    /// When the link is gone or the kernel refuses.
+    fn attach(&mut self, ifindex: u32, hook: Hook) -> Result<(), DatapathError>;
+
+    /// Whether a link carries its program.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn is_attached(&self, ifindex: u32, hook: Hook) -> Result<bool, DatapathError>;
+
+    /// Forgets a link, whether it still exists or not.
+    ///
+    /// # Errors
+    /// When what is pinned for it cannot be removed.
+    fn detach(&mut self, ifindex: u32) -> Result<(), DatapathError>;
+}
+
+/// Why the kernel's side failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// The kernel is older than what Weft runs on.
+    #[error("kernel {found} is too old: Weft needs Linux {needed} or later")]
+    KernelTooOld {
+        /// Its version.
+        found: String,
+        /// The oldest that serves.
+        needed: &'static str,
+    },
+    /// The process may not do what it must.
+    #[error(
+        "missing capability {0}: run as root, or grant it to the container (securityContext.capabilities.add)"
+    )]
+    Capability(&'static str),
+    /// There is no BPF file system where pins should go, and none can be mounted.
+    #[error(
+        "no bpf file system at {path}: mount one (mount -t bpf bpf {path}) or name another with --bpffs"
+    )]
+    NoBpffs {
+        /// The path.
+        path: PathBuf,
+        /// Why it could not be mounted.
+        #[source]
+        source: io::Error,
+    },
+    /// A file or directory operation failed.
+    #[error("failed to {what} {path}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A pinned map is not of this layout.
+    #[error(
+        "the pinned map {path} has keys of {found_key} and values of {found_value} bytes instead of {key} and {value}: it is not of this layout, remove it while nothing forwards"
+    )]
+    Layout {
+        /// Its path.
+        path: PathBuf,
+        /// Key size found, bytes.
+        found_key: u32,
+        /// Value size found, bytes.
+        found_value: u32,
+        /// Key size wanted, bytes.
+        key: u32,
+        /// Value size wanted, bytes.
+        value: u32,
+    },
+    /// The object lacks a map or program.
+    #[error("the kernel object has no {0}")]
+    Missing(&'static str),
+    /// The object cannot be loaded.
+    #[error("failed to load the kernel object")]
+    Load(#[source] Box<EbpfError>),
+    /// A program cannot be loaded, attached or put into its slot.
+    #[error("failed to {what} program {name}")]
+    Program {
+        /// What was tried.
+        what: &'static str,
+        /// Which program.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A program or link cannot be pinned.
+    #[error("failed to pin {path}")]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PinError,
+    },
+    /// Traffic control refuses.
+    #[error("failed to prepare link {ifindex} for a classifier")]
+    Tc {
+        /// The link.
+        ifindex: u32,
+        /// Why.
+        #[source]
+        source: TcError,
+    },
+    /// The link does not exist.
+    #[error("there is no link with index {ifindex} in this network namespace")]
+    NoLink {
+        /// The link.
+        ifindex: u32,
+    },
+    /// A map refuses.
+    #[error("map {map} refused to {what}")]
+    Map {
+        /// Which map.
+        map: &'static str,
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// Flows cannot be read.
+    #[error("failed to read map {map}")]
+    Batch {
+        /// Which map.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}

@@ -1,0 +1,17 @@
+//! The layout's types as the plain bytes that maps hold.
+
+use ebpf_common::layout;
+
+/// A layout type, so that it can be `Pod` (neither the trait nor the types are ours to join).
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Raw<T>(pub(super) T);
+
+macro_rules! plain {
+    ($($name:ident),*) => {$(
+        // SAFETY: `repr(transparent)` over a `repr(C)` struct of integers without padding (asserted by size in
+        // `ebpf_common::layout`), so every byte is initialized and every bit pattern is a value.
+        unsafe impl aya::Pod for Raw<layout::$name> {}
+    )*};
+}
+plain!(Addr, Backend, Config, Endpoint, Flow, FlowKey, Vip, VipKey);

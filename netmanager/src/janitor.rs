@@ -1,0 +1,421 @@
+//! Collects what the kernel programs leave: idle flows, flows of dead backends; and counts what a draining
+//! backend still has.
+//!
+//! The maps are walked a page at a time, so that no pass holds up the daemon, and an answer is of the last
+//! whole pass. A flow is judged by itself alone; the programs never wait for this.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use ebpf_common::layout::{
+    Backend, FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_INBOUND,
+    FLOW_RST, Flow, FlowKey, PROTO_TCP,
+};
+
+use crate::datapath::DatapathError;
+
+/// How long a flow without packets is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Established TCP.
+    pub tcp_idle: Duration,
+    /// TCP that was closed or reset.
+    pub tcp_closed: Duration,
+    /// Of a backend that is dead: long enough for the programs to end it actively.
+    pub dead: Duration,
+    /// UDP, echoes and unanswered SYNs count as a flow for so long.
+    pub datagram: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            tcp_idle: Duration::from_hours(6),
+            // 2 MSL of RFC 9293 section 3.4.1, by the two minutes each that Linux makes one of.
+            tcp_closed: Duration::from_secs(60),
+            dead: Duration::from_secs(30),
+            datagram: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Some flows of a map.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    /// The flows.
+    pub flows: Vec<(FlowKey, Flow)>,
+    /// Whether the walk is through the map.
+    pub is_last: bool,
+}
+
+/// A flow map as the janitor needs it.
+pub trait FlowSource {
+    /// The next flows of the walk, which starts over after the last page.
+    ///
+    /// # Errors
+    /// When the map cannot be read; the walk starts over.
+    fn next_page(&mut self) -> Result<Page, DatapathError>;
+
+    /// Removes a flow; one that is gone is removed already.
+    ///
+    /// # Errors
+    /// When the map refuses.
+    fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError>;
+
+    /// Starts the walk over.
+    fn rewind(&mut self);
+}
+
+/// What one whole pass over all maps found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Flows from local endpoints by the backend's index, live ones only.
+    pub by_backend: BTreeMap<u32, u64>,
+    /// Entries kept, by map (as the sources were given).
+    pub kept: Vec<u64>,
+    /// Entries removed.
+    pub removed: u64,
+}
+
+/// The janitor over some maps.
+pub struct Janitor<S> {
+    sources: Vec<S>,
+    limits: Limits,
+    /// Which source the walk is in.
+    at: usize,
+    counting: Census,
+}
+
+impl<S: FlowSource> Janitor<S> {
+    /// A janitor that starts its first pass.
+    #[must_use]
+    pub fn new(sources: Vec<S>, limits: Limits) -> Self {
+        let counting = Census {
+            kept: vec![0; sources.len()],
+            ..Census::default()
+        };
+        Self {
+            sources,
+            limits,
+            at: 0,
+            counting,
+        }
+    }
+
+    /// Judges one page of flows. `backends` is the kernel's array. Gives the census when this page ended a pass.
+    ///
+    /// # Errors
+    /// When a map cannot be read; the pass starts over.
+    pub fn step(
+        &mut self,
+        backends: &BTreeMap<u32, Backend>,
+        now: Duration,
+    ) -> Result<Option<Census>, DatapathError> {
+        let Some(source) = self.sources.get_mut(self.at) else {
+            return Ok(None);
+        };
+        let page = match source.next_page() {
+            Ok(page) => page,
+            Err(error) => {
+                self.restart();
+                return Err(error);
+            }
+        };
+        for (key, flow) in &page.flows {
+            if is_garbage(key, flow, backends, &self.limits, now) {
+                source.remove(key)?;
+                self.counting.removed += 1;
+                continue;
+            }
+            self.counting.kept[self.at] += 1;
+            if is_from_here(key, flow, backends, &self.limits, now) {
+                *self.counting.by_backend.entry(flow.backend).or_default() += 1;
+            }
+        }
+        if !page.is_last {
+            return Ok(None);
+        }
+        self.at += 1;
+        if self.at < self.sources.len() {
+            return Ok(None);
+        }
+        Ok(Some(self.begin()))
+    }
+
+    /// Begins a new pass: what was counted so far is of another time.
+    pub fn restart(&mut self) {
+        for source in &mut self.sources {
+            source.rewind();
+        }
+        self.begin();
+    }
+
+    fn begin(&mut self) -> Census {
+        self.at = 0;
+        let fresh = Census {
+            kept: vec![0; self.sources.len()],
+            ..Census::default()
+        };
+        std::mem::replace(&mut self.counting, fresh)
+    }
+}
+
+/// Whether the flow's backend is the one that it was made for, and alive.
+fn has_live_backend(flow: &Flow, backends: &BTreeMap<u32, Backend>) -> bool {
+    backends
+        .get(&flow.backend)
+        .is_some_and(|backend| backend.flags != 0 && backend.generation == flow.generation)
+}
+
+fn idle(flow: &Flow, now: Duration) -> Duration {
+    now.saturating_sub(Duration::from_nanos(flow.last_seen_ns))
+}
+
+fn is_garbage(
+    key: &FlowKey,
+    flow: &Flow,
+    backends: &BTreeMap<u32, Backend>,
+    limits: &Limits,
+    now: Duration,
+) -> bool {
+    let idle = idle(flow, now);
+    if key.direction == FLOW_INBOUND {
+        return idle >= limits.tcp_idle;
+    }
+    if !has_live_backend(flow, backends) {
+        return idle >= limits.dead;
+    }
+    if key.proto != PROTO_TCP {
+        return idle >= limits.tcp_idle;
+    }
+    let both_fins = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+    let is_closed = flow.flags & FLOW_RST != 0 || flow.flags & both_fins == both_fins;
+    idle >= if is_closed {
+        limits.tcp_closed
+    } else {
+        limits.tcp_idle
+    }
+}
+
+/// Whether this is a flow in use from an endpoint of this node: the forward half, open, and lately seen where
+/// nothing says that it ended.
+fn is_from_here(
+    key: &FlowKey,
+    flow: &Flow,
+    backends: &BTreeMap<u32, Backend>,
+    limits: &Limits,
+    now: Duration,
+) -> bool {
+    let is_closed = flow.flags & (FLOW_RST | FLOW_FIN_CLIENT | FLOW_FIN_BACKEND) != 0;
+    let is_open = flow.flags & FLOW_ESTABLISHED != 0 || idle(flow, now) < limits.datagram;
+    key.direction == FLOW_FORWARD && !is_closed && is_open && has_live_backend(flow, backends)
+}
+
+#[cfg(test)]
+mod tests {
+    use ebpf_common::layout::{BACKEND_LIVE, FLOW_REVERSE, PROTO_UDP};
+
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(100_000);
+
+    struct FakeFlows {
+        flows: BTreeMap<FlowKey, Flow>,
+        page: usize,
+        at: usize,
+    }
+
+    impl FlowSource for FakeFlows {
+        fn next_page(&mut self) -> Result<Page, DatapathError> {
+            let flows: Vec<_> = self
+                .flows
+                .iter()
+                .skip(self.at)
+                .take(self.page)
+                .map(|(k, f)| (*k, *f))
+                .collect();
+            self.at += flows.len();
+            let is_last = self.at >= self.flows.len();
+            if is_last {
+                self.at = 0;
+            }
+            Ok(Page { flows, is_last })
+        }
+
+        fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError> {
+            self.flows.remove(key);
+            self.at = self.at.saturating_sub(1);
+            Ok(())
+        }
+
+        fn rewind(&mut self) {
+            self.at = 0;
+        }
+    }
+
+    fn key(sport: u16, proto: u8, direction: u8) -> FlowKey {
+        FlowKey {
+            sport_be: sport,
+            proto,
+            direction,
+            ..FlowKey::default()
+        }
+    }
+
+    fn flow(idle: Duration, flags: u32) -> Flow {
+        Flow {
+            last_seen_ns: (NOW - idle).as_nanos() as u64,
+            backend: 1,
+            generation: 4,
+            flags,
+            ..Flow::default()
+        }
+    }
+
+    fn backends(flags: u32, generation: u32) -> BTreeMap<u32, Backend> {
+        BTreeMap::from([(
+            1,
+            Backend {
+                flags,
+                generation,
+                ..Backend::default()
+            },
+        )])
+    }
+
+    #[test]
+    fn flows_are_collected_by_protocol_state_and_the_life_of_their_backend() {
+        let live = backends(BACKEND_LIVE, 4);
+        let limits = Limits::default();
+        let second = Duration::from_secs(1);
+        let closed = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+        let tcp = key(1, PROTO_TCP, FLOW_FORWARD);
+        let cases = [
+            (
+                "idle for hours",
+                tcp,
+                flow(limits.tcp_idle - second, FLOW_ESTABLISHED),
+                &live,
+                false,
+            ),
+            (
+                "idle too long",
+                tcp,
+                flow(limits.tcp_idle, FLOW_ESTABLISHED),
+                &live,
+                true,
+            ),
+            (
+                "half closed",
+                tcp,
+                flow(limits.tcp_closed, FLOW_FIN_CLIENT),
+                &live,
+                false,
+            ),
+            ("closed", tcp, flow(limits.tcp_closed, closed), &live, true),
+            ("reset", tcp, flow(limits.tcp_closed, FLOW_RST), &live, true),
+            ("just reset", tcp, flow(second, FLOW_RST), &live, false),
+            (
+                "backend just died",
+                tcp,
+                flow(second, 0),
+                &backends(0, 4),
+                false,
+            ),
+            (
+                "backend dead",
+                tcp,
+                flow(limits.dead, 0),
+                &backends(0, 4),
+                true,
+            ),
+            (
+                "index is another's",
+                tcp,
+                flow(limits.dead, 0),
+                &backends(BACKEND_LIVE, 5),
+                true,
+            ),
+            (
+                "no backend at all",
+                key(1, PROTO_UDP, FLOW_INBOUND),
+                flow(limits.dead, 0),
+                &live,
+                false,
+            ),
+        ];
+        for (name, key, flow, backends, want) in cases {
+            assert_eq!(
+                is_garbage(&key, &flow, backends, &limits, NOW),
+                want,
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_pass_counts_open_forward_flows_by_backend() {
+        let recent = flow(Duration::from_secs(1), FLOW_ESTABLISHED);
+        let flows = BTreeMap::from([
+            (key(1, PROTO_TCP, FLOW_FORWARD), recent),
+            (
+                key(2, PROTO_TCP, FLOW_FORWARD),
+                flow(Duration::from_hours(1), FLOW_ESTABLISHED),
+            ),
+            (key(1, PROTO_TCP, FLOW_REVERSE), recent),
+            (
+                key(3, PROTO_TCP, FLOW_FORWARD),
+                flow(Duration::ZERO, FLOW_FIN_CLIENT),
+            ),
+            (
+                key(4, PROTO_UDP, FLOW_FORWARD),
+                flow(Duration::from_secs(29), 0),
+            ),
+            (
+                key(5, PROTO_UDP, FLOW_FORWARD),
+                flow(Duration::from_secs(31), 0),
+            ),
+            (
+                key(6, PROTO_TCP, FLOW_FORWARD),
+                flow(Duration::from_hours(7), FLOW_ESTABLISHED),
+            ),
+        ]);
+        let lru = FakeFlows {
+            flows: BTreeMap::from([
+                (
+                    key(7, PROTO_TCP, FLOW_FORWARD),
+                    flow(Duration::from_secs(1), 0),
+                ),
+                (
+                    key(8, PROTO_TCP, FLOW_FORWARD),
+                    flow(Duration::from_secs(31), 0),
+                ),
+            ]),
+            page: 2,
+            at: 0,
+        };
+        let mut janitor = Janitor::new(
+            vec![
+                FakeFlows {
+                    flows,
+                    page: 2,
+                    at: 0,
+                },
+                lru,
+            ],
+            Limits::default(),
+        );
+        let live = backends(BACKEND_LIVE, 4);
+        let mut census = None;
+        for _ in 0..10 {
+            census = census.or(janitor.step(&live, NOW).unwrap());
+        }
+        let census = census.unwrap();
+        assert_eq!(
+            census.by_backend,
+            BTreeMap::from([(1, 4)]),
+            "1, 2 and 4 here, 7 there"
+        );
+        assert_eq!(census.removed, 1);
+        assert_eq!(census.kept, [6, 2]);
+    }
+}
