@@ -34,6 +34,8 @@ mod tun;
 mod uapi;
 mod udp;
 
+pub(crate) use tun::without_link_local;
+
 pub use supervisor::{Launch, Supervisor, SupervisorError};
 pub use uapi::{DoorError, socket_path};
 

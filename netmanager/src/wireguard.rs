@@ -153,7 +153,9 @@ pub enum TunnelsError {
         within: Duration,
     },
     /// A device of that name has another key: it is not ours.
-    #[error("device {name} has the public key {found}, this node's is {ours}: choose another device name")]
+    #[error(
+        "device {name} has the public key {found}, this node's is {ours}: choose another device name"
+    )]
     Foreign {
         /// The device.
         name: String,

@@ -107,7 +107,9 @@ impl Rest {
             *self = Self::default();
             return;
         }
-        let rest = MIN_REST.saturating_mul(1 << self.failures.min(10)).min(MAX_REST);
+        let rest = MIN_REST
+            .saturating_mul(1 << self.failures.min(10))
+            .min(MAX_REST);
         self.failures += 1;
         self.until = Some(now + rest);
     }
@@ -172,9 +174,9 @@ impl Supervisor {
         };
         if ended.is_some() || self.child.is_some() {
             self.child = None;
-            let lived = self
-                .started
-                .map_or(Duration::ZERO, |started| now.saturating_duration_since(started));
+            let lived = self.started.map_or(Duration::ZERO, |started| {
+                now.saturating_duration_since(started)
+            });
             self.rest.ended(lived, now);
             tracing::warn!(
                 name = self.launch.name,

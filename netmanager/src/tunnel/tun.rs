@@ -45,11 +45,21 @@ pub(super) fn open(
         .layer(Layer::L3)
         .mtu(mtu)
         .offload(true)
+        .enable(false)
         .build_async()?;
+    without_link_local(name);
+    device.enabled(true)?;
     let device = Arc::new(device);
     let (queue, packets) = mpsc::channel(QUEUE);
     let writer = tokio::spawn(write(Arc::clone(&device), packets));
     Ok((TunReader::new(device, mtu), TunWriter { queue }, writer))
+}
+
+/// Asks the kernel not to give the device link-local addresses, before it is up: nobody speaks them, and each
+/// would send router solicitations into the tunnel. A host without IPv6 has no such setting.
+pub(crate) fn without_link_local(name: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode");
+    let _ = std::fs::write(path, "1");
 }
 
 /// A packet buffer that the split can write into.
@@ -201,7 +211,9 @@ async fn write(
 ) -> io::Result<()> {
     let mut gro = GROTable::new();
     let mut batch = Vec::with_capacity(BATCH);
-    let mut trains: Vec<Train> = (0..BATCH).map(|_| Train(Vec::with_capacity(TRAIN))).collect();
+    let mut trains: Vec<Train> = (0..BATCH)
+        .map(|_| Train(Vec::with_capacity(TRAIN)))
+        .collect();
     while packets.recv_many(&mut batch, BATCH).await > 0 {
         let count = batch.len();
         for (train, packet) in trains.iter_mut().zip(batch.drain(..)) {

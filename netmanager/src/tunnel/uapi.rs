@@ -173,7 +173,10 @@ async fn answer<T: DeviceTransports>(
 
 /// Makes one change; peers that it does not remove keep their sessions.
 async fn change<T: DeviceTransports>(device: &Device<T>, set: Set) -> Result<(), i32> {
-    let key = set.private_key.as_ref().map(|key| StaticSecret::from(key.0));
+    let key = set
+        .private_key
+        .as_ref()
+        .map(|key| StaticSecret::from(key.0));
     let port = set.listen_port;
     let refused = device
         .read(async |device| {
@@ -201,7 +204,11 @@ async fn change<T: DeviceTransports>(device: &Device<T>, set: Set) -> Result<(),
             if set.replace_peers {
                 for present in device.peers().await {
                     let key = present.peer.public_key;
-                    if set.peers.iter().all(|peer| peer.peer.public_key.0 != key.to_bytes()) {
+                    if set
+                        .peers
+                        .iter()
+                        .all(|peer| peer.peer.public_key.0 != key.to_bytes())
+                    {
                         device.remove_peer(&key).await;
                     }
                 }

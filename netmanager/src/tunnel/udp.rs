@@ -240,7 +240,10 @@ impl UdpRecv for UdpRx {
         let mut packet = pool.get();
         let (len, from) = self.socket.socket().recv_from(&mut packet).await?;
         packet.truncate(len);
-        Ok((packet, SocketAddr::new(from.ip().to_canonical(), from.port())))
+        Ok((
+            packet,
+            SocketAddr::new(from.ip().to_canonical(), from.port()),
+        ))
     }
 
     async fn recv_many_from(
@@ -325,14 +328,15 @@ mod tests {
 
     #[test]
     fn a_run_is_packets_of_one_size_to_one_peer_with_a_short_last() {
-        let cases: [(&str, Vec<(usize, SocketAddr)>, usize); 7] = [
+        let one = |len| (len, peer(1));
+        let cases = [
             ("none", vec![], 0),
-            ("one", vec![(100, peer(1))], 1),
-            ("equal", vec![(100, peer(1)); 5], 5),
-            ("short last", vec![(100, peer(1)), (100, peer(1)), (60, peer(1)), (60, peer(1))], 3),
-            ("longer next", vec![(60, peer(1)), (100, peer(1))], 1),
-            ("another peer", vec![(100, peer(1)), (100, peer(1)), (100, peer(2))], 2),
-            ("many", vec![(32, peer(1)); 100], MAX_SEGMENTS),
+            ("one", vec![one(100)], 1),
+            ("equal", vec![one(100); 5], 5),
+            ("short last", vec![one(100), one(100), one(60), one(60)], 3),
+            ("longer next", vec![one(60), one(100)], 1),
+            ("another peer", vec![one(100), one(100), (100, peer(2))], 2),
+            ("many", vec![one(32); 100], MAX_SEGMENTS),
         ];
         for (name, packets, len) in cases {
             assert_eq!(run_len(packets.into_iter()), len, "{name}");

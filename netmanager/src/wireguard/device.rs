@@ -21,7 +21,7 @@ use super::{
     key::{PrivateKey, PublicKey},
     peers::{PeerOp, WantedPeer, canonical, diff},
 };
-use crate::tunnel::{Launch, Supervisor, key_path, socket_path};
+use crate::tunnel::{Launch, Supervisor, key_path, socket_path, without_link_local};
 
 /// How long one question to the device may take; it answers within a millisecond.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -49,10 +49,12 @@ impl WireGuard {
             config
                 .name
                 .parse()
-                .map_err(|reason: wireguard_control::InvalidInterfaceName| TunnelsError::Name {
-                    name: config.name.clone(),
-                    reason: reason.to_string(),
-                })?;
+                .map_err(
+                    |reason: wireguard_control::InvalidInterfaceName| TunnelsError::Name {
+                        name: config.name.clone(),
+                        reason: reason.to_string(),
+                    },
+                )?;
         let key = PrivateKey::load_or_create(&key_path(&config.state))?;
         let supervisor = Supervisor::new(Launch {
             program: config.program.clone(),
@@ -127,7 +129,8 @@ impl WireGuard {
 
     async fn read(&self) -> Result<WgDevice, TunnelsError> {
         let (name, backend) = (self.name, self.backend());
-        self.ask("read", move || WgDevice::get(&name, backend)).await
+        self.ask("read", move || WgDevice::get(&name, backend))
+            .await
     }
 
     async fn update(&self, update: DeviceUpdate) -> Result<(), TunnelsError> {
@@ -203,13 +206,16 @@ impl WireGuard {
                 .ok_or_else(|| self.failed("find")(io::ErrorKind::NotFound.into()))?;
             let index = link.header.index;
             let up = link.header.flags.contains(LinkFlags::Up);
-            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
-                LinkAttribute::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            });
+            let mtu = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
             let want = u32::from(self.config.mtu);
             if !up || mtu != Some(want) {
-                self.without_link_local();
+                without_link_local(&self.config.name);
                 handle
                     .link()
                     .change(LinkUnspec::new_with_index(index).mtu(want).up().build())
@@ -222,13 +228,6 @@ impl WireGuard {
         .await;
         connection.abort();
         result
-    }
-
-    /// Asks the kernel not to give the device link-local addresses: nobody speaks them, and each would send
-    /// router solicitations into the tunnel. A host without IPv6 has no such setting.
-    fn without_link_local(&self) {
-        let path = format!("/proc/sys/net/ipv6/conf/{}/addr_gen_mode", self.config.name);
-        let _ = std::fs::write(path, "1");
     }
 
     async fn describe(&self, device: &WgDevice) -> Result<Device, TunnelsError> {
@@ -396,8 +395,8 @@ mod tests {
 
     #[test]
     fn changes_become_one_update_that_names_each_peer_once() {
-        let allowed = ["10.16.0.32/27", "fd12:3456:789a:0:0:9::/96"]
-            .map(|net| net.parse::<IpNet>().unwrap());
+        let allowed =
+            ["10.16.0.32/27", "fd12:3456:789a:0:0:9::/96"].map(|net| net.parse::<IpNet>().unwrap());
         let ops = [
             PeerOp::Remove(PublicKey([1; 32])),
             PeerOp::Put {
@@ -436,7 +435,11 @@ mod tests {
                 then.map(|then| SystemTime::UNIX_EPOCH + Duration::from_secs(then));
             let (key, report) = present(&info, now);
             assert_eq!(key, PublicKey([7; 32]));
-            assert_eq!(report.handshake_age, age.map(Duration::from_secs), "{then:?}");
+            assert_eq!(
+                report.handshake_age,
+                age.map(Duration::from_secs),
+                "{then:?}"
+            );
             assert_eq!(report.endpoint, Some("192.0.2.2:7000".parse().unwrap()));
         }
     }
@@ -454,7 +457,10 @@ mod tests {
                 program: "/nonexistent".into(),
             })
             .unwrap_err();
-            assert!(matches!(error, TunnelsError::Name { .. }), "{name:?}: {error}");
+            assert!(
+                matches!(error, TunnelsError::Name { .. }),
+                "{name:?}: {error}"
+            );
         }
     }
 }

@@ -100,8 +100,8 @@ pub fn wanted(table: &Table) -> (BTreeMap<PublicKey, WantedPeer>, Vec<BadPeer>) 
     let mut bad = Vec::new();
     let mut names: BTreeMap<PublicKey, &str> = BTreeMap::new();
     let prefix = table.mesh.prefix6;
-    let Some(mesh) = Mesh6::new(prefix.network().to_bits())
-        .filter(|_| prefix.prefix_len() == Mesh6::LEN)
+    let Some(mesh) =
+        Mesh6::new(prefix.network().to_bits()).filter(|_| prefix.prefix_len() == Mesh6::LEN)
     else {
         return (peers, vec![BadPeer::Mesh(prefix)]);
     };

@@ -97,20 +97,39 @@ fn the_endpoint_of_a_live_peer_is_never_overwritten() {
     };
     let cases = [
         ("alive", present(old, &["10.16.0.0/27"], Some(0)), vec![]),
-        ("just alive", present(old, &["10.16.0.0/27"], Some(179)), vec![]),
+        (
+            "just alive",
+            present(old, &["10.16.0.0/27"], Some(179)),
+            vec![],
+        ),
         ("dead", present(old, &["10.16.0.0/27"], Some(180)), put(new)),
-        ("never seen", present(old, &["10.16.0.0/27"], None), put(new)),
-        ("dead, right place", present(new, &["10.16.0.0/27"], None), vec![]),
+        (
+            "never seen",
+            present(old, &["10.16.0.0/27"], None),
+            put(new),
+        ),
+        (
+            "dead, right place",
+            present(new, &["10.16.0.0/27"], None),
+            vec![],
+        ),
     ];
     for (name, have, ops) in cases {
         let want = BTreeMap::from([(key(1), wanted_peer(new, &["10.16.0.0/27"]))]);
-        assert_eq!(diff(&BTreeMap::from([(key(1), have)]), &want), ops, "{name}");
+        assert_eq!(
+            diff(&BTreeMap::from([(key(1), have)]), &want),
+            ops,
+            "{name}"
+        );
     }
 }
 
 #[test]
 fn a_live_peer_is_given_new_blocks_without_touching_its_endpoint() {
-    let have = BTreeMap::from([(key(1), present(at("198.51.100.1:1"), &["10.16.0.0/27"], Some(5)))]);
+    let have = BTreeMap::from([(
+        key(1),
+        present(at("198.51.100.1:1"), &["10.16.0.0/27"], Some(5)),
+    )]);
     let want = BTreeMap::from([(
         key(1),
         wanted_peer(at("192.0.2.2:7000"), &["10.16.0.0/27", "10.16.0.32/27"]),
