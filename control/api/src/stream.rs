@@ -104,6 +104,7 @@ impl Welcome {
 #[allow(
     clippy::all,
     clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
     unreachable_pub,
     unused_qualifications,
     reason = "generated"

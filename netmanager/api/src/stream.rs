@@ -109,6 +109,7 @@ pub enum ToNode {
 #[allow(
     clippy::all,
     clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
     unreachable_pub,
     unused_qualifications,
     reason = "generated"
