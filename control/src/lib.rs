@@ -1,1 +1,85 @@
+//! The `weft` command: its daemons, and the CLI on the control API.
+//!
+//! Exit codes: 0 done, 1 it did not work, 2 wrong use. Logs go to standard error, answers to standard output.
 #![forbid(unsafe_code)]
+
+mod authority;
+mod client;
+mod daemon;
+mod show;
+mod user;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use weft_lab::LabCommand;
+
+/// Gives every microservice an address that says how it wants to be reached, and decides where they run.
+#[derive(Debug, Parser)]
+#[command(name = "weft", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes a mesh: its certificate authority and its mesh file.
+    Init(authority::Init),
+    /// Issues a certificate.
+    Cert(authority::Cert),
+    /// Runs a lead.
+    Lead(Box<daemon::Lead>),
+    /// Runs a cluster's agent.
+    Agent(weft_agent::Args),
+    /// Applies a goal file.
+    Apply(user::Apply),
+    /// Lists things of one kind.
+    Get(user::Get),
+    /// Says why a service is where it is.
+    Explain(user::Explain),
+    /// Deletes an application.
+    Delete(user::Delete),
+    /// Moves a slot to another cluster.
+    Migrate(user::Migrate),
+    /// Says how the leads are.
+    Status(user::Status),
+    /// A whole mesh on this machine, in network namespaces.
+    #[command(subcommand)]
+    Lab(LabCommand),
+}
+
+/// Starts logging to standard error; `WEFT_LOG` says what, as in `info,weft_lead=debug`.
+pub fn start_tracing(cli: &Cli) {
+    let usual = match cli.command {
+        Command::Lead(_) | Command::Agent(_) => "info,openraft=warn",
+        _ => "warn",
+    };
+    let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// With everything that a person needs to know.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Init(init) => init.run(),
+        Command::Cert(cert) => cert.run(),
+        Command::Lead(lead) => lead.run(),
+        Command::Agent(args) => daemon::runtime()?.block_on(async {
+            weft_agent::run(args).await?;
+            Ok(())
+        }),
+        Command::Apply(apply) => apply.run(),
+        Command::Get(get) => get.run(),
+        Command::Explain(explain) => explain.run(),
+        Command::Delete(delete) => delete.run(),
+        Command::Migrate(migrate) => migrate.run(),
+        Command::Status(status) => status.run(),
+        Command::Lab(lab) => Ok(lab.run()?),
+    }
+}

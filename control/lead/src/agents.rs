@@ -1,0 +1,307 @@
+//! The door for agents: one stream per cluster, on whatever lead the agent dialled.
+//!
+//! ```text
+//!  Hello --> register (log) --> Welcome
+//!     |-- Report --> newest only --> log, when it changed or the last one gets old
+//!     |-- Alive  --> newest only --> the leader's leases --> Renewed
+//!     '-- the replica changes    --> what is new of Assignments and Tables
+//! ```
+//!
+//! A stream ends when its session does (the cluster was lost, or its agent came back on another lead); the agent
+//! dials again. While there is no leader reports and renewals wait, and nothing is withdrawn.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use control_api::stream::{FromAgent, Hello, ToAgent, Welcome, lead_door_server::LeadDoor};
+use control_core::{
+    base::ClusterState,
+    command::{Command, Outcome, Refusal},
+    name::Name,
+    report::Report,
+};
+use netmanager_api::identity::{Identity, Role};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    authority,
+    lead::{Answer, Ask, AskError, Lead},
+    tables::{Sent, news},
+};
+
+/// How long an agent may take to say hello.
+const HELLO: Duration = Duration::from_secs(10);
+/// Messages that wait for a slow agent.
+const QUEUE: usize = 16;
+/// A report that says the same is logged again after this, so that it does not look stale.
+const REFRESH: Duration = Duration::from_secs(8);
+/// Changes within this time are sent together.
+const COALESCE: Duration = Duration::from_millis(20);
+/// Sessions are random numbers below 2^53, so that every JSON reader keeps them exact.
+const SESSION_BITS: u32 = 53;
+
+/// The door for agents.
+#[derive(Clone, Debug)]
+pub(crate) struct AgentDoor {
+    pub(crate) lead: Arc<Lead>,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) shutdown: CancellationToken,
+}
+
+type Sender = mpsc::Sender<Result<ToAgent, Status>>;
+
+#[tonic::async_trait]
+impl LeadDoor for AgentDoor {
+    type FollowStream = ReceiverStream<Result<ToAgent, Status>>;
+
+    async fn follow(
+        &self,
+        request: Request<Streaming<FromAgent>>,
+    ) -> Result<Response<Self::FollowStream>, Status> {
+        let cluster = cluster_of(request.extensions().get::<Identity>())?;
+        let inbound = request.into_inner();
+        let (outbound, messages) = mpsc::channel(QUEUE);
+        let (lead, shutdown) = (self.lead.clone(), self.shutdown.clone());
+        self.tasks.spawn(async move {
+            let ended = tokio::select! {
+                ended = session(&lead, &cluster, inbound, outbound.clone()) => ended,
+                () = shutdown.cancelled() => Err(Status::unavailable("the lead is stopping")),
+            };
+            if let Err(status) = ended {
+                tracing::info!(%cluster, reason = status.message(), "an agent's stream ended");
+                // The agent may be gone already.
+                let _ = outbound.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+}
+
+fn cluster_of(identity: Option<&Identity>) -> Result<Name, Status> {
+    match identity.map(|identity| &identity.role) {
+        Some(Role::Agent { cluster }) => {
+            cluster
+                .parse()
+                .map_err(|error: control_core::name::NameError| {
+                    Status::permission_denied(error.to_string())
+                })
+        }
+        _ => Err(Status::permission_denied("only an agent may follow")),
+    }
+}
+
+fn unavailable(error: AskError) -> Status {
+    match error {
+        AskError::SessionOver { .. } => Status::aborted(error.to_string()),
+        _ => Status::unavailable(error.to_string()),
+    }
+}
+
+fn refused(refusal: Refusal) -> Status {
+    match refusal {
+        Refusal::StaleSession { .. } | Refusal::ClusterLost(_) | Refusal::UnknownCluster(_) => {
+            Status::aborted(refusal.to_string())
+        }
+        _ => Status::failed_precondition(refusal.to_string()),
+    }
+}
+
+/// One agent's stream, until it ends.
+async fn session(
+    lead: &Lead,
+    cluster: &Name,
+    mut inbound: Streaming<FromAgent>,
+    outbound: Sender,
+) -> Result<(), Status> {
+    let first = timeout(HELLO, inbound.message());
+    let first = first
+        .await
+        .map_err(|_| Status::deadline_exceeded("no hello"))?;
+    let Some(FromAgent::Hello(hello)) = first? else {
+        return Err(Status::invalid_argument(
+            "the first message must be a hello",
+        ));
+    };
+    if hello.cluster != cluster.as_str() {
+        return Err(Status::permission_denied(format!(
+            "the certificate is of cluster {cluster}, the hello of {:?}",
+            hello.cluster
+        )));
+    }
+    let welcome = register(lead, cluster, hello).await?;
+    let session = welcome.session;
+    tracing::info!(%cluster, session, "an agent is connected");
+    send(&outbound, ToAgent::Welcome(welcome)).await?;
+    let (reports, newest_report) = watch::channel(None);
+    let (alive, newest_alive) = watch::channel(None);
+    tokio::select! {
+        ended = listen(inbound, reports, alive) => ended,
+        ended = report(lead, cluster, session, newest_report) => ended,
+        ended = renew(lead, cluster, session, newest_alive, &outbound) => ended,
+        ended = push(lead, cluster, &outbound) => ended,
+    }
+}
+
+async fn send(outbound: &Sender, message: ToAgent) -> Result<(), Status> {
+    let gone = |_| Status::cancelled("the agent is gone");
+    outbound.send(Ok(message)).await.map_err(gone)
+}
+
+/// Continues the session that the agent had, or begins a new one.
+async fn register(lead: &Lead, cluster: &Name, hello: Hello) -> Result<Welcome, Status> {
+    lead.catch_up().await.map_err(unavailable)?;
+    let continued = lead.replica.read(|base| {
+        let known = base.clusters.get(cluster)?;
+        let same = hello.session == Some(known.session)
+            && known.state == ClusterState::Ready
+            && known.facts == hello.facts;
+        same.then_some(known.session)
+    });
+    let session = match continued {
+        Some(session) => session,
+        None => {
+            let session = new_session()?;
+            let command = Command::RegisterCluster {
+                cluster: cluster.clone(),
+                session,
+                facts: Box::new(hello.facts),
+            };
+            let index = commit(lead, command).await?;
+            // What follows reads this lead's own replica.
+            lead.replica.reach(index, HELLO).await;
+            session
+        }
+    };
+    let ask = Ask::Renew {
+        cluster: cluster.clone(),
+        session,
+    };
+    lead.ask(ask).await.map_err(unavailable)?;
+    let lease_ms = lead
+        .replica
+        .read(|base| base.mesh.as_ref().map_or(0, |mesh| mesh.lease_ms));
+    Ok(Welcome { session, lease_ms })
+}
+
+fn new_session() -> Result<u64, Status> {
+    let random = authority::random().map_err(|error| Status::internal(error.to_string()))?;
+    Ok(u64::from_be_bytes(random) >> (u64::BITS - SESSION_BITS))
+}
+
+/// Commits one command; its index.
+async fn commit(lead: &Lead, command: Command) -> Result<u64, Status> {
+    let done = lead.propose(vec![command]).await.map_err(unavailable)?;
+    let refusal = done.outcomes.into_iter().find_map(Outcome::err);
+    match refusal {
+        None => Ok(done.index),
+        Some(refusal) => Err(refused(refusal)),
+    }
+}
+
+/// Reads the agent's messages; the newest of each kind counts.
+async fn listen(
+    mut inbound: Streaming<FromAgent>,
+    reports: watch::Sender<Option<Report>>,
+    alive: watch::Sender<Option<u64>>,
+) -> Result<(), Status> {
+    while let Some(message) = inbound.message().await? {
+        match message {
+            FromAgent::Hello(_) => {
+                return Err(Status::invalid_argument("a second hello on one stream"));
+            }
+            FromAgent::Report(report) => {
+                reports.send_replace(Some(report));
+            }
+            FromAgent::Alive { sequence } => {
+                alive.send_replace(Some(sequence));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Brings the newest report into the log.
+async fn report(
+    lead: &Lead,
+    cluster: &Name,
+    session: u64,
+    mut newest: watch::Receiver<Option<Report>>,
+) -> Result<(), Status> {
+    let mut last: Option<(Report, Instant)> = None;
+    while newest.changed().await.is_ok() {
+        let Some(report) = newest.borrow_and_update().clone() else {
+            continue;
+        };
+        let known = last
+            .as_ref()
+            .is_some_and(|(last, at)| *last == report && at.elapsed() < REFRESH);
+        if known {
+            continue;
+        }
+        let command = Command::Report {
+            cluster: cluster.clone(),
+            session,
+            report: Box::new(report.clone()),
+        };
+        match commit(lead, command).await {
+            Ok(_) => last = Some((report, Instant::now())),
+            Err(status) if status.code() == tonic::Code::Unavailable => {
+                tracing::warn!(%cluster, reason = status.message(), "a report waits");
+                newest.mark_changed();
+            }
+            Err(status) => return Err(status),
+        }
+    }
+    Ok(())
+}
+
+/// Brings the newest sign of life to the leader.
+async fn renew(
+    lead: &Lead,
+    cluster: &Name,
+    session: u64,
+    mut newest: watch::Receiver<Option<u64>>,
+    outbound: &Sender,
+) -> Result<(), Status> {
+    while newest.changed().await.is_ok() {
+        let Some(sequence) = *newest.borrow_and_update() else {
+            continue;
+        };
+        let ask = Ask::Renew {
+            cluster: cluster.clone(),
+            session,
+        };
+        match lead.ask(ask).await {
+            Ok(Answer::Renewed) => send(outbound, ToAgent::Renewed { sequence }).await?,
+            Err(error @ AskError::SessionOver { .. }) => return Err(unavailable(error)),
+            // The agent sees that nobody answers; its next Alive is tried again.
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%cluster, %error, "a renewal was not counted"),
+        }
+    }
+    Ok(())
+}
+
+/// Sends what is new, whenever the replica changes.
+async fn push(lead: &Lead, cluster: &Name, outbound: &Sender) -> Result<(), Status> {
+    let mut applied = lead.replica.watch();
+    let mut sent = Sent::default();
+    loop {
+        applied.mark_unchanged();
+        let messages = lead.replica.read(|base| news(base, cluster, &mut sent));
+        for message in messages {
+            send(outbound, message).await?;
+        }
+        let ended = |_| Status::unavailable("the lead is stopping");
+        applied.changed().await.map_err(ended)?;
+        tokio::time::sleep(COALESCE).await;
+    }
+}

@@ -1,0 +1,325 @@
+//! The control API's routes: parse, ask the lead, answer.
+
+mod openapi;
+mod show;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{
+        Path, Query, State,
+        rejection::{JsonRejection, QueryRejection},
+    },
+    http::{Method, Uri},
+    routing::{delete, get},
+};
+use control_api::http::{
+    Application, AppliedApplication, ApplyQuery, ApplyResponse, ApplyResult, Binding, Changed,
+    Cluster, Explained, List, Migration, MigrationRequest, Node, Problem, ReadQuery, Service,
+    Status,
+};
+use control_core::{
+    base::KnowledgeBase,
+    command::{Applied, Batch, Command, Outcome},
+    goal::{self, Application as Goal},
+    name::{AppName, Name, ServiceName, Slot},
+    placement,
+    plan::{self, Inputs},
+};
+
+use crate::{lead::Lead, problem::Refusal, raft::propose::now_ms};
+
+/// How long an answer waits for this lead's own replica.
+const FOLLOW: Duration = Duration::from_secs(3);
+
+type Answer<T> = Result<Json<T>, Refusal>;
+type Shared = State<Arc<Lead>>;
+type Read = Result<Query<ReadQuery>, QueryRejection>;
+
+/// Every route of the API.
+pub(crate) fn routes(lead: Arc<Lead>) -> Router {
+    Router::new()
+        .route("/v1/applications", get(applications).post(apply))
+        .route("/v1/applications/{namespace}/{name}", delete(remove))
+        .route("/v1/services", get(services))
+        .route("/v1/bindings", get(bindings))
+        .route("/v1/clusters", get(clusters))
+        .route("/v1/nodes", get(nodes))
+        .route("/v1/migrations", get(migrations).post(migrate))
+        .route(
+            "/v1/explain/{namespace}/{application}/{service}",
+            get(explain),
+        )
+        .route("/v1/status", get(status))
+        .route("/openapi.json", get(openapi::document))
+        .method_not_allowed_fallback(no_method)
+        .fallback(no_path)
+        .with_state(lead)
+}
+
+async fn no_path(uri: Uri) -> Refusal {
+    Refusal::no_path(uri.path())
+}
+
+async fn no_method(method: Method, uri: Uri) -> Refusal {
+    Refusal::method(method.as_str(), uri.path())
+}
+
+/// Reads the replica, consistently if that is asked; says whether it may be stale.
+async fn read<T>(
+    lead: &Lead,
+    query: Read,
+    show: impl FnOnce(&KnowledgeBase, bool) -> T,
+) -> Answer<T> {
+    let Query(query) = query.map_err(|error| bad_query(&error))?;
+    if query.consistent {
+        lead.catch_up().await?;
+    }
+    let stale = !query.consistent;
+    Ok(Json(lead.replica.read(|base| show(base, stale))))
+}
+
+fn bad_query(error: &QueryRejection) -> Refusal {
+    Refusal::field("query", "", error.body_text())
+}
+
+async fn list<T>(
+    lead: &Lead,
+    query: Read,
+    items: impl FnOnce(&KnowledgeBase) -> Vec<T>,
+) -> Answer<List<T>> {
+    let list = |base: &KnowledgeBase, stale| List {
+        items: items(base),
+        index: base.index,
+        stale,
+    };
+    read(lead, query, list).await
+}
+
+/// The applications.
+#[utoipa::path(get, path = "/v1/applications", params(ReadQuery),
+    responses((status = 200, body = List<Application>), (status = 503, body = Problem)))]
+async fn applications(State(lead): Shared, query: Read) -> Answer<List<Application>> {
+    list(&lead, query, show::applications).await
+}
+
+/// The services, with their semantic service IPs.
+#[utoipa::path(get, path = "/v1/services", params(ReadQuery),
+    responses((status = 200, body = List<Service>), (status = 503, body = Problem)))]
+async fn services(State(lead): Shared, query: Read) -> Answer<List<Service>> {
+    list(&lead, query, show::services).await
+}
+
+/// The bindings of all slots.
+#[utoipa::path(get, path = "/v1/bindings", params(ReadQuery),
+    responses((status = 200, body = List<Binding>), (status = 503, body = Problem)))]
+async fn bindings(State(lead): Shared, query: Read) -> Answer<List<Binding>> {
+    list(&lead, query, show::bindings).await
+}
+
+/// The clusters.
+#[utoipa::path(get, path = "/v1/clusters", params(ReadQuery),
+    responses((status = 200, body = List<Cluster>), (status = 503, body = Problem)))]
+async fn clusters(State(lead): Shared, query: Read) -> Answer<List<Cluster>> {
+    list(&lead, query, show::clusters).await
+}
+
+/// The nodes of all clusters.
+#[utoipa::path(get, path = "/v1/nodes", params(ReadQuery),
+    responses((status = 200, body = List<Node>), (status = 503, body = Problem)))]
+async fn nodes(State(lead): Shared, query: Read) -> Answer<List<Node>> {
+    list(&lead, query, show::nodes).await
+}
+
+/// The last migration of each slot that ever moved.
+#[utoipa::path(get, path = "/v1/migrations", params(ReadQuery),
+    responses((status = 200, body = List<Migration>), (status = 503, body = Problem)))]
+async fn migrations(State(lead): Shared, query: Read) -> Answer<List<Migration>> {
+    list(&lead, query, show::migrations).await
+}
+
+/// How this lead and its group are; never waits for a leader.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
+async fn status(State(lead): Shared) -> Json<Status> {
+    Json(show::status(&lead).await)
+}
+
+/// Why a service is where it is, and what every cluster would mean for it now.
+#[utoipa::path(get, path = "/v1/explain/{namespace}/{application}/{service}",
+    params(("namespace" = String, Path), ("application" = String, Path), ("service" = String, Path), ReadQuery),
+    responses((status = 200, body = Explained), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn explain(
+    State(lead): Shared,
+    Path((namespace, application, service)): Path<(String, String, String)>,
+    query: Read,
+) -> Answer<Explained> {
+    let text = format!("{namespace}/{application}/{service}");
+    let name: ServiceName = text
+        .parse()
+        .map_err(|error| Refusal::name("service", &text, &error))?;
+    let now = now_ms();
+    let explained = read(&lead, query, |base, stale| Explained {
+        slots: placement::explain(base, &name, now.max(base.log_time_ms)),
+        service: text.clone(),
+        index: base.index,
+        stale,
+    });
+    let explained = explained.await?;
+    if explained.slots.is_empty() {
+        return Err(Refusal::missing("service", &text, "see weft get services"));
+    }
+    Ok(explained)
+}
+
+/// Applies a goal file (YAML): all of its applications, or none.
+#[utoipa::path(post, path = "/v1/applications", params(ApplyQuery),
+    request_body(content = String, content_type = "application/yaml"),
+    responses((status = 200, body = ApplyResponse), (status = 400, body = Problem),
+        (status = 409, body = Problem), (status = 503, body = Problem)))]
+async fn apply(
+    State(lead): Shared,
+    query: Result<Query<ApplyQuery>, QueryRejection>,
+    body: String,
+) -> Answer<ApplyResponse> {
+    let Query(query) = query.map_err(|error| bad_query(&error))?;
+    let goals = goal::parse(&body)?;
+    lead.catch_up().await?;
+    let (tried, outcomes) = lead.replica.read(|base| try_out(base, &goals));
+    let refusals = outcomes.into_iter().filter_map(Outcome::err);
+    if let Some(refusal) = Refusal::all(refusals.map(Refusal::from).collect()) {
+        return Err(refusal);
+    }
+    let known: Vec<bool> = lead.replica.read(|base| {
+        let known = |goal: &Goal| base.applications.contains_key(&goal.name);
+        goals.iter().map(known).collect()
+    });
+    if query.dry_run {
+        let before = lead.replica.read(Clone::clone);
+        let results = goals
+            .iter()
+            .map(|goal| dry_result(&before, goal))
+            .collect::<Vec<_>>();
+        return Ok(Json(applied(&tried, &goals, &results, true)));
+    }
+    let commands = goals
+        .iter()
+        .cloned()
+        .map(|goal| Command::Apply(Box::new(goal)));
+    let done = lead.propose(commands.collect()).await?;
+    let mut results = Vec::new();
+    let mut refusals = Vec::new();
+    for (known, outcome) in known.into_iter().zip(done.outcomes) {
+        match outcome {
+            Ok(Applied::Unchanged) => results.push(ApplyResult::Unchanged),
+            Ok(_) if known => results.push(ApplyResult::Configured),
+            Ok(_) => results.push(ApplyResult::Created),
+            Err(refusal) => refusals.push(Refusal::from(refusal)),
+        }
+    }
+    if let Some(refusal) = Refusal::all(refusals) {
+        return Err(refusal);
+    }
+    if let Err(error) = lead.await_plan(done.index).await {
+        tracing::debug!(%error, "an answer does not show the plan");
+        lead.replica.reach(done.index, FOLLOW).await;
+    }
+    Ok(Json(
+        lead.replica
+            .read(|base| applied(base, &goals, &results, false)),
+    ))
+}
+
+/// What the Knowledge Base would be with `goals` and the plan that follows, and each goal's outcome.
+fn try_out(base: &KnowledgeBase, goals: &[Goal]) -> (KnowledgeBase, Vec<Outcome>) {
+    let mut tried = base.clone();
+    let now = now_ms().max(base.log_time_ms);
+    let apply = |goal: &Goal| Command::Apply(Box::new(goal.clone()));
+    let batch = |commands| Batch {
+        log_time_ms: now,
+        commands,
+    };
+    let goals = batch(goals.iter().map(apply).collect());
+    let outcomes = tried.apply(tried.index + 1, &goals);
+    let follow = batch(plan::plan(&tried, &Inputs::default(), now));
+    tried.apply(tried.index + 1, &follow);
+    (tried, outcomes)
+}
+
+fn dry_result(before: &KnowledgeBase, goal: &Goal) -> ApplyResult {
+    match before.applications.get(&goal.name) {
+        None => ApplyResult::Created,
+        Some(known) if known.spec == *goal => ApplyResult::Unchanged,
+        Some(_) => ApplyResult::Configured,
+    }
+}
+
+fn applied(
+    base: &KnowledgeBase,
+    goals: &[Goal],
+    results: &[ApplyResult],
+    dry_run: bool,
+) -> ApplyResponse {
+    let now = now_ms().max(base.log_time_ms);
+    let application = |(goal, result): (&Goal, &ApplyResult)| AppliedApplication {
+        name: goal.name.to_string(),
+        result: *result,
+        generation: base.applications.get(&goal.name).map(|app| app.generation),
+        slots: show::placed(base, goal, now),
+    };
+    ApplyResponse {
+        applications: goals.iter().zip(results).map(application).collect(),
+        dry_run,
+        index: base.index,
+    }
+}
+
+/// Deletes an application; its instances drain and stop.
+#[utoipa::path(delete, path = "/v1/applications/{namespace}/{name}",
+    params(("namespace" = String, Path), ("name" = String, Path)),
+    responses((status = 200, body = Changed), (status = 404, body = Problem), (status = 503, body = Problem)))]
+async fn remove(
+    State(lead): Shared,
+    Path((namespace, name)): Path<(String, String)>,
+) -> Answer<Changed> {
+    let text = format!("{namespace}/{name}");
+    let application: AppName = text
+        .parse()
+        .map_err(|error| Refusal::name("application", &text, &error))?;
+    change(&lead, Command::Delete { application }).await
+}
+
+/// Moves a slot to another cluster, make-before-break.
+#[utoipa::path(post, path = "/v1/migrations", request_body = MigrationRequest,
+    responses((status = 200, body = Changed), (status = 400, body = Problem),
+        (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
+async fn migrate(
+    State(lead): Shared,
+    request: Result<Json<MigrationRequest>, JsonRejection>,
+) -> Answer<Changed> {
+    let Json(request) = request.map_err(|error| Refusal::field("body", "", error.body_text()))?;
+    let slot: Slot = request
+        .slot
+        .parse()
+        .map_err(|error| Refusal::name("slot", &request.slot, &error))?;
+    let to: Name = request
+        .to
+        .parse()
+        .map_err(|error| Refusal::name("to", &request.to, &error))?;
+    lead.catch_up().await?;
+    let command = lead
+        .replica
+        .read(|base| plan::request_move(base, &slot, &to, now_ms().max(base.log_time_ms)))?;
+    change(&lead, command).await
+}
+
+async fn change(lead: &Lead, command: Command) -> Answer<Changed> {
+    let done = lead.propose(vec![command]).await?;
+    let outcome = done.outcomes.into_iter().next();
+    let applied = outcome.unwrap_or(Ok(Applied::Unchanged))?;
+    lead.replica.reach(done.index, FOLLOW).await;
+    Ok(Json(Changed {
+        changed: applied != Applied::Unchanged,
+        index: done.index,
+    }))
+}

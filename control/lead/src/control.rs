@@ -1,0 +1,139 @@
+//! The control loop: on the leader, after every change and on every tick, proposes what the plan says.
+//!
+//! It decides nothing itself: who is lost is said by the leases, what follows by control-core's plan. A plan that
+//! was refused as a whole waits for the next tick, so that the loop cannot spin.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use control_core::{
+    base::{KnowledgeBase, Mesh},
+    command::Command,
+    plan::{Failover, Inputs, plan},
+};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::{
+    lead::{Answer, Ask, Lead, Planned},
+    leases::{failover, ready},
+    raft::propose::now_ms,
+};
+
+/// How often the leader looks when nothing changes.
+const TICK: Duration = Duration::from_millis(250);
+
+/// What one round came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    /// There is nothing to do, or not here.
+    Quiet,
+    /// Something was changed.
+    Progress,
+    /// Nothing could be changed.
+    Stuck,
+}
+
+/// Runs until the task is dropped. `mesh` is proposed as the first command of a log that has none.
+pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
+    let mut applied = lead.replica.watch();
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut alarm = Failover::Run;
+    loop {
+        applied.mark_unchanged();
+        let round = if lead.leads() && lead.has_majority() {
+            step(&lead, mesh.as_ref(), &mut alarm).await
+        } else {
+            Round::Quiet
+        };
+        if round == Round::Stuck {
+            tick.tick().await;
+            continue;
+        }
+        tokio::select! {
+            _ = tick.tick() => {}
+            changed = applied.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// What to propose now.
+fn decide(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Vec<Command> {
+    let now = now_ms();
+    let term = lead.raft.metrics().borrow().current_term;
+    let mut leases = lead.leases();
+    lead.replica.read(|base| {
+        let Some(known) = &base.mesh else {
+            return mesh.cloned().map(Command::InitMesh).into_iter().collect();
+        };
+        let lease = Duration::from_millis(known.lease_ms);
+        let lost = leases.expired(term, ready(base), lease, Instant::now());
+        let paused = failover(base, known.lease_ms);
+        note(alarm, paused);
+        let lost = lost.into_iter().map(|(cluster, session)| {
+            tracing::warn!(%cluster, "a cluster is lost");
+            Command::Lost { cluster, session }
+        });
+        lost.chain(planned(base, paused, now)).collect()
+    })
+}
+
+async fn step(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Round {
+    let applied = lead.replica.applied();
+    let commands = decide(lead, mesh, alarm);
+    if commands.is_empty() {
+        lead.planned.send_replace(Planned {
+            seen: applied,
+            done: applied,
+        });
+        return Round::Quiet;
+    }
+    tracing::debug!(count = commands.len(), "proposing what the plan says");
+    match lead.answer(Ask::Propose(commands.clone())).await {
+        Ok(Answer::Done(done)) => {
+            for (command, outcome) in commands.iter().zip(&done.outcomes) {
+                if let Err(refusal) = outcome {
+                    tracing::debug!(%refusal, ?command, "a planned command was refused");
+                }
+            }
+            lead.planned.send_replace(Planned {
+                seen: applied,
+                done: done.index,
+            });
+            if done.outcomes.iter().any(Result::is_ok) {
+                Round::Progress
+            } else {
+                Round::Stuck
+            }
+        }
+        Ok(_) => Round::Stuck,
+        Err(error) => {
+            tracing::warn!(%error, "the plan was not committed");
+            Round::Stuck
+        }
+    }
+}
+
+fn planned(base: &KnowledgeBase, failover: Failover, now_ms: u64) -> Vec<Command> {
+    let inputs = Inputs {
+        failover,
+        ..Inputs::default()
+    };
+    plan(base, &inputs, now_ms.max(base.log_time_ms))
+}
+
+fn note(alarm: &mut Failover, now: Failover) {
+    if *alarm == now {
+        return;
+    }
+    *alarm = now;
+    match now {
+        Failover::Paused => tracing::error!(
+            "failover is paused: more than a third of the clusters vanished within one lease; \
+             it goes on when they are back, or are forgotten by an operator"
+        ),
+        Failover::Run => tracing::info!("failover goes on"),
+    }
+}

@@ -1,0 +1,77 @@
+//! Knocking at a lead's door: one HTTP/2 connection over mutual TLS, kept and made again when it breaks.
+
+use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use netmanager_api::identity::{Credentials, IdentityError, Role, SERVER_NAME};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::transport::{Channel, Endpoint};
+use tower::{Service, ServiceExt};
+
+/// The limit of one connection attempt, TLS included.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How often a silent connection is probed, and how long it may not answer.
+const PROBE: Duration = Duration::from_secs(2);
+
+/// The largest answer that is read, bytes.
+const ANSWER_LIMIT: usize = 64 << 20;
+
+/// Why a request got no answer: whatever the connection says.
+pub type DialError = Box<dyn std::error::Error + Send + Sync>;
+
+type Connecting =
+    Pin<Box<dyn Future<Output = Result<TokioIo<TlsStream<TcpStream>>, std::io::Error>> + Send>>;
+
+/// A connection to `address`, made when it is first used, to whoever `accept` accepts there.
+///
+/// # Errors
+/// When the credentials do not serve for TLS.
+pub fn dial(
+    credentials: &Credentials,
+    address: SocketAddr,
+    accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
+) -> Result<Channel, IdentityError> {
+    let tls = credentials.client(&[b"h2"], accept)?;
+    Ok(channel(tls, address))
+}
+
+/// Sends `request` and reads the whole answer.
+///
+/// # Errors
+/// When the connection cannot be made or breaks, or the answer is larger than 64 MiB.
+pub async fn exchange(
+    mut channel: Channel,
+    request: Request<Bytes>,
+) -> Result<(StatusCode, Bytes), DialError> {
+    let request = request.map(|body| tonic::body::Body::new(axum::body::Body::from(body)));
+    let answer = channel.ready().await?.call(request).await?;
+    let status = answer.status();
+    let body = axum::body::Body::new(answer.into_body());
+    Ok((status, axum::body::to_bytes(body, ANSWER_LIMIT).await?))
+}
+
+fn channel(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {
+    Endpoint::from_shared(format!("https://{address}"))
+        .expect("an address and a scheme are a URI")
+        .connect_timeout(CONNECT)
+        .http2_keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
+        .connect_with_connector_lazy(tower::service_fn(move |_| connect(tls.clone(), address)))
+}
+
+fn connect(tls: Arc<ClientConfig>, address: SocketAddr) -> Connecting {
+    Box::pin(async move {
+        let tcp = TcpStream::connect(address).await?;
+        tcp.set_nodelay(true)?;
+        let name = ServerName::try_from(SERVER_NAME).expect("it is a DNS name");
+        let stream = TlsConnector::from(tls).connect(name, tcp).await?;
+        Ok(TokioIo::new(stream))
+    })
+}

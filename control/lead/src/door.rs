@@ -1,0 +1,159 @@
+//! The lead's one door: a TLS port for users, agents and leads.
+//!
+//! ```text
+//!  TCP --> TLS (certificate of this mesh required) --> HTTP/2 or HTTP/1.1
+//!      --> roles::admit(who, where) --> /v1/...  LeadDoor  /raft/v1/...
+//! ```
+//!
+//! A connection's certificate says who it is; every request is checked against it. What a request means is not
+//! known here.
+
+mod peers;
+mod roles;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::Request,
+    middleware::{Next, from_fn},
+    response::Response,
+};
+use control_api::stream::{MESSAGE_LIMIT, lead_door_server::LeadDoorServer};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto::Builder,
+    service::TowerToHyperService,
+};
+use netmanager_api::identity::{Credentials, Identity, IdentityError};
+use rustls::ServerConfig;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{agents::AgentDoor, api, lead::Lead, problem::Refusal};
+
+/// The limit of one TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How often a silent connection is probed, and how long it may not answer.
+const PROBE: Duration = Duration::from_secs(5);
+/// How long to wait when the system gives no more connections.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+
+/// What the door needs.
+pub(crate) struct Door {
+    pub(crate) listener: TcpListener,
+    pub(crate) tls: Arc<ServerConfig>,
+    pub(crate) mesh: String,
+    pub(crate) routes: Router,
+}
+
+/// TLS as the door speaks it.
+pub(crate) fn tls(credentials: &Credentials) -> Result<Arc<ServerConfig>, IdentityError> {
+    credentials.server(&[b"h2", b"http/1.1"])
+}
+
+/// Everything that can be asked here.
+pub(crate) fn routes(lead: &Arc<Lead>, agents: AgentDoor) -> Router {
+    let agents = LeadDoorServer::new(agents)
+        .max_decoding_message_size(MESSAGE_LIMIT)
+        .max_encoding_message_size(MESSAGE_LIMIT);
+    let agents = tonic::service::Routes::new(agents)
+        .into_axum_router()
+        .reset_fallback();
+    Router::new()
+        .merge(api::routes(lead.clone()))
+        .merge(peers::routes(lead.clone()))
+        .merge(agents)
+        .layer(from_fn(admit))
+}
+
+async fn admit(request: Request, next: Next) -> Response {
+    let identity = request
+        .extensions()
+        .get::<Identity>()
+        .expect("every connection has one");
+    match roles::admit(&identity.role, request.uri().path()) {
+        Ok(()) => next.run(request).await,
+        Err(expected) => {
+            tracing::warn!(%identity, path = request.uri().path(), "refused");
+            Refusal::role(identity, expected).answer()
+        }
+    }
+}
+
+impl Door {
+    /// Serves until `shutdown`; connections are ended then.
+    pub(crate) async fn serve(self, shutdown: CancellationToken) {
+        let tasks = TaskTracker::new();
+        let acceptor = TlsAcceptor::from(self.tls);
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                () = shutdown.cancelled() => break,
+            };
+            let (tcp, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "failed to accept a connection");
+                    tokio::time::sleep(EXHAUSTED).await;
+                    continue;
+                }
+            };
+            let (acceptor, mesh, routes) =
+                (acceptor.clone(), self.mesh.clone(), self.routes.clone());
+            let shutdown = shutdown.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = connection(acceptor, tcp, peer, mesh, routes) => {}
+                    () = shutdown.cancelled() => {}
+                }
+            });
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+}
+
+async fn connection(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    mesh: String,
+    routes: Router,
+) {
+    let _ = tcp.set_nodelay(true);
+    let stream = match timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
+        Err(_) => return tracing::debug!(%peer, "the TLS handshake took too long"),
+    };
+    let identity = match identify(&stream) {
+        Some(identity) if identity.mesh == mesh => identity,
+        Some(identity) => return tracing::warn!(%peer, %identity, "a stranger knocked"),
+        None => return tracing::warn!(%peer, "a certificate without one identity knocked"),
+    };
+    let routes = routes.layer(axum::Extension(identity));
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE);
+    builder.http1().timer(TokioTimer::new());
+    let served = builder
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%peer, error, "a connection broke");
+    }
+}
+
+fn identify(stream: &TlsStream<TcpStream>) -> Option<Identity> {
+    let (_, session) = stream.get_ref();
+    let certificate = session.peer_certificates()?.first()?;
+    Identity::of_certificate(certificate).ok()
+}

@@ -1,0 +1,306 @@
+//! One lead: what its doors and its control loop share.
+//!
+//! Whatever only the leader may do is an [`Ask`]: a lead that is not the leader hands it on, so that any lead
+//! serves any client. An ask that failed is asked again until a leader is found or the limit passes; that is
+//! safe, because every command names what its proposer saw.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use control_core::{base::ClusterState, command::Command, name::Name};
+use openraft::ServerState;
+use serde::{Deserialize, Serialize};
+use tokio::{sync::watch, time::timeout};
+
+use crate::{
+    leases::Leases,
+    raft::{
+        Member, Raft, Timers,
+        network::{Network, PostError},
+        propose::{Done, ProposeError, Proposer},
+    },
+    replica::Replica,
+};
+
+/// How long an ask looks for a leader that can serve it.
+const PATIENCE: Duration = Duration::from_secs(6);
+/// How long one lead may take to answer; longer than an entry may take to be committed.
+const ANSWER: Duration = Duration::from_secs(4);
+/// How long the leader may take to make sure that it still leads.
+const CONFIRM: Duration = Duration::from_secs(2);
+/// How long to wait before the next attempt, unless the leader changes before.
+const AGAIN: Duration = Duration::from_millis(100);
+/// How long this lead's own log may lag behind the leader's.
+const CATCH_UP: Duration = Duration::from_secs(3);
+/// How long the control loop may take over a change.
+const PLAN: Duration = Duration::from_secs(3);
+
+/// What any lead asks of the leader.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    /// Propose these, in one entry.
+    Propose(Vec<Command>),
+    /// Which entry must be applied for a read to be consistent?
+    ReadIndex,
+    /// A cluster's agent is alive.
+    Renew { cluster: Name, session: u64 },
+    /// Which entry must be applied to see what the control loop made of this one?
+    Planned { index: u64 },
+}
+
+/// What the leader answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Done(Done),
+    Index(u64),
+    Renewed,
+}
+
+/// Why an ask was not served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub(crate) enum AskError {
+    /// The proposer or Raft says so.
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    /// No lead that leads was reached.
+    #[error("no leader was reached: a majority of the leads ({0}) must be up and connected")]
+    NoLeader(String),
+    /// The cluster has another session, or is lost.
+    #[error("session {session:x} of cluster {cluster} is over")]
+    SessionOver { cluster: Name, session: u64 },
+    /// The control loop is late.
+    #[error("the control loop is late")]
+    Late,
+    /// This lead's log lags behind.
+    #[error("this lead lags behind the leader")]
+    Lagging,
+}
+
+impl AskError {
+    /// Whether another attempt may help.
+    fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Propose(ProposeError::NotLeader | ProposeError::NoMajority)
+        )
+    }
+}
+
+/// How far the control loop is.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Planned {
+    /// Everything up to this entry was planned for.
+    pub(crate) seen: u64,
+    /// What came of it is applied with this entry.
+    pub(crate) done: u64,
+}
+
+/// One lead.
+pub(crate) struct Lead {
+    pub(crate) name: String,
+    pub(crate) id: u64,
+    pub(crate) raft: Raft,
+    pub(crate) replica: Arc<Replica>,
+    pub(crate) proposer: Proposer,
+    pub(crate) network: Network,
+    pub(crate) timers: Timers,
+    pub(crate) leases: Mutex<Leases>,
+    pub(crate) planned: watch::Sender<Planned>,
+}
+
+impl fmt::Debug for Lead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lead")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Lead {
+    /// Asks the leader, wherever it is.
+    pub(crate) async fn ask(&self, ask: Ask) -> Result<Answer, AskError> {
+        let give_up = Instant::now() + PATIENCE;
+        let mut metrics = self.raft.metrics();
+        loop {
+            let last = match self.leader() {
+                None => None,
+                Some((id, _)) if id == self.id => match self.answer(ask.clone()).await {
+                    Err(error) if error.is_passing() => Some(error),
+                    answer => return answer,
+                },
+                Some((_, member)) => match self.hand_on(&member, &ask).await {
+                    Ok(Err(error)) if error.is_passing() => Some(error),
+                    Ok(answer) => return answer,
+                    Err(error) => {
+                        tracing::debug!(%error, leader = member.name, "the leader did not answer");
+                        None
+                    }
+                },
+            };
+            if Instant::now() >= give_up {
+                let none = || AskError::NoLeader(self.member_list());
+                return Err(match last {
+                    Some(AskError::Propose(ProposeError::NoMajority)) | None => none(),
+                    Some(error) => error,
+                });
+            }
+            metrics.mark_unchanged();
+            let _ = timeout(AGAIN, metrics.changed()).await;
+        }
+    }
+
+    async fn hand_on(
+        &self,
+        leader: &Member,
+        ask: &Ask,
+    ) -> Result<Result<Answer, AskError>, PostError> {
+        self.network.post(leader, "/raft/v1/ask", ask, ANSWER).await
+    }
+
+    /// Serves an ask as the leader.
+    pub(crate) async fn answer(&self, ask: Ask) -> Result<Answer, AskError> {
+        if !self.leads() {
+            return Err(ProposeError::NotLeader.into());
+        }
+        if !self.has_majority() {
+            return Err(ProposeError::NoMajority.into());
+        }
+        match ask {
+            Ask::Propose(commands) => Ok(Answer::Done(self.proposer.propose(commands).await?)),
+            Ask::ReadIndex => self.read_index().await.map(Answer::Index),
+            Ask::Renew { cluster, session } => {
+                self.renew(cluster, session).map(|()| Answer::Renewed)
+            }
+            Ask::Planned { index } => {
+                let mut planned = self.planned.subscribe();
+                let seen = planned.wait_for(|planned| planned.seen >= index);
+                match timeout(PLAN, seen).await {
+                    Ok(Ok(planned)) => Ok(Answer::Index(planned.done)),
+                    _ => Err(AskError::Late),
+                }
+            }
+        }
+    }
+
+    async fn read_index(&self) -> Result<u64, AskError> {
+        match timeout(CONFIRM, self.raft.ensure_linearizable()).await {
+            Ok(Ok(log_id)) => Ok(log_id.map_or(0, |id| id.index)),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "leadership was not confirmed");
+                Err(ProposeError::NoMajority.into())
+            }
+            Err(_) => Err(ProposeError::NoMajority.into()),
+        }
+    }
+
+    fn renew(&self, cluster: Name, session: u64) -> Result<(), AskError> {
+        let current = self.replica.read(|base| {
+            base.clusters
+                .get(&cluster)
+                .is_some_and(|it| it.session == session && it.state == ClusterState::Ready)
+        });
+        if !current {
+            return Err(AskError::SessionOver { cluster, session });
+        }
+        self.leases().renew(cluster, session, Instant::now());
+        Ok(())
+    }
+
+    /// Proposes, wherever the leader is.
+    pub(crate) async fn propose(&self, commands: Vec<Command>) -> Result<Done, AskError> {
+        match self.ask(Ask::Propose(commands)).await? {
+            Answer::Done(done) => Ok(done),
+            _ => Err(ProposeError::Stopped.into()),
+        }
+    }
+
+    /// Waits until this lead's replica shows every change that was acknowledged before.
+    pub(crate) async fn catch_up(&self) -> Result<(), AskError> {
+        self.follow_to(Ask::ReadIndex).await
+    }
+
+    /// Like [`Lead::catch_up`], with a single attempt.
+    pub(crate) async fn catch_up_now(&self) -> Result<(), AskError> {
+        let answer = match self.leader() {
+            None => return Err(AskError::NoLeader(self.member_list())),
+            Some((id, _)) if id == self.id => self.answer(Ask::ReadIndex).await,
+            Some((_, leader)) => {
+                let none = |_| AskError::NoLeader(self.member_list());
+                let answer = self.hand_on(&leader, &Ask::ReadIndex).await;
+                answer.map_err(none)?
+            }
+        };
+        self.reach(answer?).await
+    }
+
+    /// Waits until this lead's replica shows what the control loop made of entry `index`.
+    pub(crate) async fn await_plan(&self, index: u64) -> Result<(), AskError> {
+        self.follow_to(Ask::Planned { index }).await
+    }
+
+    async fn follow_to(&self, ask: Ask) -> Result<(), AskError> {
+        let answer = self.ask(ask).await?;
+        self.reach(answer).await
+    }
+
+    async fn reach(&self, answer: Answer) -> Result<(), AskError> {
+        let Answer::Index(index) = answer else {
+            return Err(ProposeError::Stopped.into());
+        };
+        if self.replica.reach(index, CATCH_UP).await {
+            Ok(())
+        } else {
+            Err(AskError::Lagging)
+        }
+    }
+
+    /// Whether this lead thinks that it leads.
+    pub(crate) fn leads(&self) -> bool {
+        self.raft.metrics().borrow().state == ServerState::Leader
+    }
+
+    /// Whether a majority acknowledged this leader so lately that no other can have been elected and then
+    /// waited a lease.
+    pub(crate) fn has_majority(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let alone = metrics.membership_config.nodes().count() <= 1;
+        alone
+            || metrics
+                .millis_since_quorum_ack
+                .is_some_and(|ms| ms <= self.timers.election_max_ms)
+    }
+
+    /// The leader, as far as this lead knows.
+    pub(crate) fn leader(&self) -> Option<(u64, Member)> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let id = metrics.current_leader?;
+        let member = metrics.membership_config.membership().get_node(&id)?;
+        Some((id, member.clone()))
+    }
+
+    /// Every lead of the group.
+    pub(crate) fn members(&self) -> Vec<Member> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let nodes = metrics.membership_config.nodes();
+        nodes.map(|(_, member)| member.clone()).collect()
+    }
+
+    fn member_list(&self) -> String {
+        let members = self.members();
+        let names = members
+            .iter()
+            .map(|member| format!("{} at {}", member.name, member.address));
+        names.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The leases of the clusters; only the leader's mean anything.
+    pub(crate) fn leases(&self) -> std::sync::MutexGuard<'_, Leases> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,156 @@
+//! How a refusal reaches a user: a status and a [`Problem`].
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use control_api::http::Problem;
+use control_core::{
+    command,
+    goal::{GoalError, GoalErrors},
+    name::NameError,
+};
+use netmanager_api::identity::Identity;
+
+use crate::{lead::AskError, raft::propose::ProposeError};
+
+/// A refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    status: StatusCode,
+    problem: Problem,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, error: impl ToString) -> Self {
+        Self {
+            status,
+            problem: Problem {
+                error: error.to_string(),
+                ..Problem::default()
+            },
+        }
+    }
+
+    fn hint(mut self, hint: &str) -> Self {
+        self.problem.hint = Some(hint.to_owned());
+        self
+    }
+
+    /// A field of the request is wrong.
+    pub(crate) fn field(field: &str, value: &str, error: impl ToString) -> Self {
+        let mut refusal = Self::new(StatusCode::BAD_REQUEST, error);
+        refusal.problem.field = Some(field.to_owned());
+        refusal.problem.value = Some(value.to_owned());
+        refusal
+    }
+
+    /// There is no such thing.
+    pub(crate) fn missing(kind: &str, name: &str, hint: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, format!("no {kind} {name}")).hint(hint)
+    }
+
+    /// Nobody answers at this path.
+    pub(crate) fn no_path(path: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, format!("nothing is at {path}"))
+            .hint("GET /openapi.json lists what is")
+    }
+
+    /// The method does not fit the path.
+    pub(crate) fn method(method: &str, path: &str) -> Self {
+        let error = format!("{path} does not take {method}");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, error)
+            .hint("GET /openapi.json lists what it does")
+    }
+
+    /// The certificate's role may not ask for this.
+    pub(crate) fn role(identity: &Identity, expected: &str) -> Self {
+        let error = format!("{identity} may not do this: it takes the role {expected}");
+        Self::new(StatusCode::FORBIDDEN, error)
+            .hint("weft cert --role ROLE issues a certificate for another role")
+    }
+
+    /// Several refusals of one request, as the first with the others behind it.
+    pub(crate) fn all(refusals: Vec<Self>) -> Option<Self> {
+        let mut refusals = refusals.into_iter();
+        let mut first = refusals.next()?;
+        first.problem.more.extend(refusals.map(|next| next.problem));
+        Some(first)
+    }
+
+    /// The refusal as an answer.
+    pub(crate) fn answer(self) -> Response {
+        (self.status, Json(self.problem)).into_response()
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        self.answer()
+    }
+}
+
+impl From<AskError> for Refusal {
+    fn from(error: AskError) -> Self {
+        let refusal = Self::new(StatusCode::SERVICE_UNAVAILABLE, &error);
+        match error {
+            AskError::NoLeader(_) => refusal.hint(
+                "changes and consistent reads wait for a majority; ?consistent=false reads what this lead knows",
+            ),
+            AskError::Propose(ProposeError::Unknown) => {
+                refusal.hint("ask again: a change that was made already changes nothing")
+            }
+            _ => refusal.hint("ask again, or ask another lead"),
+        }
+    }
+}
+
+impl From<command::Refusal> for Refusal {
+    fn from(refusal: command::Refusal) -> Self {
+        use command::Refusal as Why;
+        let status = match &refusal {
+            Why::UnknownCluster(_)
+            | Why::UnknownApplication(_)
+            | Why::UnknownService(_)
+            | Why::UnknownSlot { .. } => StatusCode::NOT_FOUND,
+            Why::NoMesh => StatusCode::SERVICE_UNAVAILABLE,
+            Why::Invalid { .. } | Why::Vip { .. } => StatusCode::BAD_REQUEST,
+            _ => StatusCode::CONFLICT,
+        };
+        let mut answer = Self::new(status, &refusal);
+        match refusal {
+            Why::Vip { path, address, .. } => {
+                answer.problem.field = Some(path);
+                answer.problem.value = Some(address);
+            }
+            Why::Invalid { path, .. } => answer.problem.field = Some(path),
+            _ => {}
+        }
+        answer
+    }
+}
+
+impl From<GoalError> for Refusal {
+    fn from(error: GoalError) -> Self {
+        let mut refusal = Self::new(StatusCode::BAD_REQUEST, &error.message);
+        refusal.problem.field = Some(error.path).filter(|path| !path.is_empty());
+        refusal.problem.line = Some(error.line).filter(|line| *line > 0);
+        refusal
+    }
+}
+
+impl From<GoalErrors> for Refusal {
+    fn from(errors: GoalErrors) -> Self {
+        let refusals = errors.0.into_iter().map(Self::from).collect();
+        let empty = || Self::new(StatusCode::BAD_REQUEST, "the goal file is not valid");
+        Self::all(refusals).unwrap_or_else(empty)
+    }
+}
+
+impl Refusal {
+    /// A name in the path is none.
+    pub(crate) fn name(field: &str, value: &str, error: &NameError) -> Self {
+        Self::field(field, value, error)
+    }
+}

@@ -1,0 +1,121 @@
+//! The log and the vote, as openraft wants them, on [`Disk`].
+
+use std::{fmt::Debug, io, ops::RangeBounds};
+
+use openraft::{
+    Entry, LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError, Vote,
+    storage::{LogFlushed, RaftLogStorage},
+};
+
+use super::{
+    Types,
+    disk::{Disk, DiskError, Write, put},
+    encode,
+};
+
+type Result<T> = std::result::Result<T, StorageError<u64>>;
+
+/// The log and the vote.
+#[derive(Clone, Debug)]
+pub(crate) struct LogStore {
+    disk: Disk,
+}
+
+impl LogStore {
+    pub(crate) fn new(disk: Disk) -> Self {
+        Self { disk }
+    }
+}
+
+fn read_failed(error: DiskError) -> StorageError<u64> {
+    StorageIOError::read_logs(&error).into()
+}
+
+fn write_failed(error: DiskError) -> StorageError<u64> {
+    StorageIOError::write_logs(&error).into()
+}
+
+fn vote_failed(error: DiskError) -> StorageError<u64> {
+    StorageIOError::write_vote(&error).into()
+}
+
+impl RaftLogReader<Types> for LogStore {
+    async fn try_get_log_entries<R: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: R,
+    ) -> Result<Vec<Entry<Types>>> {
+        self.disk.entries(range).map_err(read_failed)
+    }
+}
+
+impl RaftLogStorage<Types> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>> {
+        let purged: Option<LogId<u64>> = self.disk.get("purged").map_err(read_failed)?;
+        let last: Option<Entry<Types>> = self.disk.last_entry().map_err(read_failed)?;
+        Ok(LogState {
+            last_purged_log_id: purged,
+            last_log_id: last.map(|entry| entry.log_id).or(purged),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<()> {
+        let vote = put("vote", vote).map_err(vote_failed)?;
+        self.disk.write(vec![vote]).await.map_err(vote_failed)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote<u64>>> {
+        self.disk
+            .get("vote")
+            .map_err(|error| StorageIOError::read_vote(&error).into())
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId<u64>>) -> Result<()> {
+        let committed = put("committed", &committed).map_err(write_failed)?;
+        self.disk
+            .write_soon(vec![committed])
+            .await
+            .map_err(write_failed)
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId<u64>>> {
+        let committed: Option<Option<LogId<u64>>> =
+            self.disk.get("committed").map_err(read_failed)?;
+        Ok(committed.flatten())
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: LogFlushed<Types>) -> Result<()>
+    where
+        I: IntoIterator<Item = Entry<Types>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let rows: std::result::Result<Vec<_>, _> = entries
+            .into_iter()
+            .map(|entry| Ok((entry.log_id.index, encode(&entry)?)))
+            .collect();
+        let rows = rows.map_err(write_failed)?;
+        let written = self.disk.write(vec![Write::Append(rows)]).await;
+        callback.log_io_completed(written.map_err(io::Error::other));
+        Ok(())
+    }
+
+    async fn truncate(&mut self, log_id: LogId<u64>) -> Result<()> {
+        self.disk
+            .write(vec![Write::TruncateFrom(log_id.index)])
+            .await
+            .map_err(write_failed)
+    }
+
+    async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {
+        let purged = put("purged", &log_id).map_err(write_failed)?;
+        self.disk
+            .write(vec![purged, Write::PurgeTo(log_id.index)])
+            .await
+            .map_err(write_failed)
+    }
+}

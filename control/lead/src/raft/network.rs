@@ -1,0 +1,207 @@
+//! Talking to the other leads: one POST per message over one HTTP/2 connection per lead.
+//!
+//! ```text
+//!  POST /raft/v1/append | vote | snapshot     openraft's own messages
+//!  POST /raft/v1/ask                          what any lead asks of the leader
+//! ```
+//!
+//! A body is [`encode`]d; an answer is always 200 with a `Result`, so another status means that the door itself
+//! refused.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use netmanager_api::identity::{Credentials, Role};
+use openraft::{
+    RaftNetwork, RaftNetworkFactory,
+    error::{InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable},
+    network::{Backoff, RPCOption},
+    raft::{
+        AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest,
+        InstallSnapshotResponse, VoteRequest, VoteResponse,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+use tonic::transport::Channel;
+
+use super::{Member, Types, decode, encode};
+use crate::dial::{DialError, dial, exchange};
+
+/// How soon an unreachable lead is tried again.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// Why a lead did not answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PostError {
+    /// The message did not get there, or the answer did not come back.
+    #[error("failed to reach lead {name} at {address}")]
+    Unreachable {
+        name: String,
+        address: String,
+        #[source]
+        source: DialError,
+    },
+    /// It took too long.
+    #[error("lead {name} did not answer within {limit:?}")]
+    Slow { name: String, limit: Duration },
+    /// The door refused.
+    #[error("lead {name} answered {status}")]
+    Refused { name: String, status: StatusCode },
+    /// A message cannot be written.
+    #[error("a message cannot be encoded")]
+    Encode(#[from] rmp_serde::encode::Error),
+    /// A message cannot be read.
+    #[error("an answer cannot be decoded")]
+    Decode(#[from] rmp_serde::decode::Error),
+}
+
+/// The connections to the other leads, one each.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    credentials: Arc<Credentials>,
+    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+}
+
+impl Network {
+    pub(crate) fn new(credentials: Arc<Credentials>) -> Self {
+        Self {
+            credentials,
+            channels: Arc::default(),
+        }
+    }
+
+    fn channel(&self, member: &Member) -> Channel {
+        let key = format!("{}@{}", member.name, member.address);
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let connect = || {
+            let name = member.name.clone();
+            let is_it = move |role: &Role| matches!(role, Role::Lead { name: n } if *n == name);
+            dial(&self.credentials, member.address, is_it)
+                .expect("the credentials opened this lead's own door before")
+        };
+        channels.entry(key).or_insert_with(connect).clone()
+    }
+
+    /// Sends `message` to a lead and reads its answer.
+    pub(crate) async fn post<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        member: &Member,
+        path: &str,
+        message: &Q,
+        limit: Duration,
+    ) -> Result<A, PostError> {
+        let body = encode(message)?;
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("https://{}{path}", member.address))
+            .body(Bytes::from(body))
+            .expect("the parts are valid");
+        let answer = tokio::time::timeout(limit, self.exchange(member, request));
+        let bytes = answer.await.map_err(|_| PostError::Slow {
+            name: member.name.clone(),
+            limit,
+        })??;
+        Ok(decode(&bytes)?)
+    }
+
+    async fn exchange(&self, member: &Member, request: Request<Bytes>) -> Result<Bytes, PostError> {
+        let answer = exchange(self.channel(member), request).await;
+        let (status, body) = answer.map_err(|source| PostError::Unreachable {
+            name: member.name.clone(),
+            address: member.address.to_string(),
+            source,
+        })?;
+        if status == StatusCode::OK {
+            Ok(body)
+        } else {
+            Err(PostError::Refused {
+                name: member.name.clone(),
+                status,
+            })
+        }
+    }
+}
+
+/// One lead, as openraft talks to it.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    id: u64,
+    member: Member,
+    network: Network,
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = Peer;
+
+    async fn new_client(&mut self, id: u64, member: &Member) -> Peer {
+        Peer {
+            id,
+            member: member.clone(),
+            network: self.clone(),
+        }
+    }
+}
+
+type Failure<E> = RPCError<u64, Member, RaftError<u64, E>>;
+
+impl Peer {
+    async fn ask<Q, A, E>(
+        &self,
+        path: &str,
+        message: &Q,
+        option: &RPCOption,
+    ) -> Result<A, Failure<E>>
+    where
+        Q: Serialize,
+        A: DeserializeOwned,
+        E: std::error::Error + DeserializeOwned,
+    {
+        let answer: Result<Result<A, RaftError<u64, E>>, PostError> = self
+            .network
+            .post(&self.member, path, message, option.hard_ttl())
+            .await;
+        match answer {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(RPCError::RemoteError(RemoteError::new(self.id, error))),
+            Err(error @ PostError::Unreachable { .. }) => {
+                Err(RPCError::Unreachable(Unreachable::new(&error)))
+            }
+            Err(error) => Err(RPCError::Network(NetworkError::new(&error))),
+        }
+    }
+}
+
+impl RaftNetwork<Types> for Peer {
+    async fn append_entries(
+        &mut self,
+        message: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<u64>, RPCError<u64, Member, RaftError<u64>>> {
+        self.ask("/raft/v1/append", &message, &option).await
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        message: InstallSnapshotRequest<Types>,
+        option: RPCOption,
+    ) -> Result<InstallSnapshotResponse<u64>, Failure<InstallSnapshotError>> {
+        self.ask("/raft/v1/snapshot", &message, &option).await
+    }
+
+    async fn vote(
+        &mut self,
+        message: VoteRequest<u64>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<u64>, RPCError<u64, Member, RaftError<u64>>> {
+        self.ask("/raft/v1/vote", &message, &option).await
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(RETRY))
+    }
+}

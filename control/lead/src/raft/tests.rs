@@ -1,0 +1,57 @@
+//! openraft's own suite over our log, vote, state machine and snapshots.
+
+use openraft::{
+    StorageError, StorageIOError,
+    testing::{StoreBuilder, Suite},
+};
+
+use super::*;
+
+struct OnDisk;
+
+impl StoreBuilder<Types, LogStore, Machine, tempfile::TempDir> for OnDisk {
+    async fn build(&self) -> Result<(tempfile::TempDir, LogStore, Machine), StorageError<u64>> {
+        let failed = |error: disk::DiskError| StorageIOError::read(&error);
+        let dir = tempfile::tempdir().expect("a temporary folder can be made");
+        let disk = Disk::open(dir.path()).map_err(failed)?;
+        let machine = Machine::load(disk.clone(), Arc::default()).map_err(failed)?;
+        Ok((dir, LogStore::new(disk), machine))
+    }
+}
+
+#[test]
+fn the_storage_passes_openrafts_suite() {
+    Suite::test_all(OnDisk).unwrap();
+}
+
+#[test]
+fn a_members_id_is_the_rank_of_its_name() {
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
+    let peers = ["c", "a", "b"].map(|name| (name.to_owned(), address));
+    let names: Vec<_> = members(&peers.into())
+        .into_iter()
+        .map(|(id, member)| (id, member.name))
+        .collect();
+    let want = [(1, "a"), (2, "b"), (3, "c")].map(|(id, name)| (id, name.to_owned()));
+    assert_eq!(names, want);
+}
+
+#[test]
+fn data_of_another_lead_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(dir.path()).unwrap();
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
+    let peers = BTreeMap::from([("a".to_owned(), address)]);
+    let members = members(&peers);
+    let start = |name| Start {
+        name,
+        data: dir.path(),
+        timers: Timers::default(),
+        peers: &peers,
+    };
+    let own = |name| own_id(&disk, &start(name), &members, "d");
+    assert!(matches!(own("b"), Err(StartError::NoGroup { .. })));
+    assert_eq!(own("a").unwrap(), 1);
+    assert!(matches!(own("b"), Err(StartError::OtherLead { .. })));
+    assert_eq!(own("a").unwrap(), 1);
+}

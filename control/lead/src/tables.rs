@@ -1,0 +1,184 @@
+//! What a cluster is sent: its assignments and its nodes' tables, as far as they changed.
+//!
+//! control-core's table mirrors `netmanager_api`'s; here the one becomes the other. A table that shows the same
+//! as the one before is not sent again, except while a migration waits for its nodes to acknowledge a newer
+//! revision.
+
+use std::collections::BTreeMap;
+
+use control_api::stream::{Assignments, ToAgent};
+use control_core::{
+    assignment,
+    base::KnowledgeBase,
+    goal::Protocol,
+    migration::State,
+    name::Name,
+    table::{self, NodeTable},
+};
+use netmanager_api::table as wire;
+
+/// What one stream was sent last.
+#[derive(Debug, Default)]
+pub(crate) struct Sent {
+    assignments: Option<Assignments>,
+    tables: BTreeMap<String, wire::Table>,
+    seen: Option<(table::Revision, usize)>,
+}
+
+/// What is new for `cluster` since `sent`; `sent` is brought up to date.
+pub(crate) fn news(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Vec<ToAgent> {
+    let assignments = new_assignments(base, cluster, sent).map(ToAgent::Assignments);
+    let tables = new_tables(base, cluster, sent);
+    let tables = (!tables.is_empty()).then_some(ToAgent::Tables(tables));
+    // The tables first: an instance that starts finds its node's services known.
+    tables.into_iter().chain(assignments).collect()
+}
+
+fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Option<Assignments> {
+    let list = assignment::project(base, cluster);
+    if sent
+        .assignments
+        .as_ref()
+        .is_some_and(|last| last.list == list)
+    {
+        return None;
+    }
+    let incarnation = base.mesh.as_ref().map_or(0, |mesh| mesh.incarnation);
+    let assignments = Assignments {
+        revision: (incarnation, base.index),
+        list,
+    };
+    sent.assignments = Some(assignments.clone());
+    Some(assignments)
+}
+
+fn new_tables(
+    base: &KnowledgeBase,
+    cluster: &Name,
+    sent: &mut Sent,
+) -> BTreeMap<String, wire::Table> {
+    let nodes = base.clusters.get(cluster).map(|it| &it.nodes);
+    let seen = (base.revision(), nodes.map_or(0, BTreeMap::len));
+    if sent.seen == Some(seen) {
+        return BTreeMap::new();
+    }
+    sent.seen = Some(seen);
+    let awaited = awaited_revision(base);
+    let tables: BTreeMap<_, _> = nodes
+        .into_iter()
+        .flat_map(BTreeMap::keys)
+        .filter_map(|node| {
+            let table = to_wire(table::project(base, cluster, node)?);
+            Some((node.clone(), table))
+        })
+        .collect();
+    let is_new = |node: &str, table: &wire::Table| {
+        sent.tables
+            .get(node)
+            .is_none_or(|last| differs(last, table) || Some(last.revision) < awaited)
+    };
+    let new: BTreeMap<_, _> = tables
+        .iter()
+        .filter(|(node, table)| is_new(node, table))
+        .map(|(node, table)| (node.clone(), table.clone()))
+        .collect();
+    sent.tables.retain(|node, _| tables.contains_key(node));
+    sent.tables.extend(new.clone());
+    new
+}
+
+/// The newest revision that a running migration waits for.
+fn awaited_revision(base: &KnowledgeBase) -> Option<wire::Revision> {
+    base.migrations
+        .values()
+        .filter_map(|migration| match migration.state {
+            State::Repointing { revision } => Some(revision_to_wire(revision)),
+            _ => None,
+        })
+        .max()
+}
+
+/// Whether two tables differ in more than their revision.
+fn differs(a: &wire::Table, b: &wire::Table) -> bool {
+    (&a.mesh, &a.node, &a.peers, &a.services) != (&b.mesh, &b.node, &b.peers, &b.services)
+}
+
+fn revision_to_wire(revision: table::Revision) -> wire::Revision {
+    wire::Revision {
+        incarnation: revision.incarnation,
+        index: revision.index,
+    }
+}
+
+/// The table in the words of the NetManager's door.
+fn to_wire(table: NodeTable) -> wire::Table {
+    wire::Table {
+        revision: revision_to_wire(table.revision),
+        mesh: wire::Mesh {
+            prefix6: table.prefix6,
+            prefix4: table.prefix4,
+            seed: table.seed,
+        },
+        node: wire::Node {
+            number: table.number,
+            blocks4: table.blocks4,
+        },
+        peers: table.peers.into_iter().map(peer_to_wire).collect(),
+        services: table.services.into_iter().map(service_to_wire).collect(),
+    }
+}
+
+fn peer_to_wire(peer: table::Peer) -> wire::Peer {
+    wire::Peer {
+        number: peer.number,
+        name: peer.name,
+        public_key: peer.public_key,
+        endpoint: peer.endpoint,
+        blocks4: peer.blocks4,
+    }
+}
+
+fn service_to_wire(service: table::Service) -> wire::Service {
+    wire::Service {
+        name: service.name.to_string(),
+        number: service.number,
+        ports: service
+            .ports
+            .into_iter()
+            .map(|port| wire::Port {
+                protocol: match port.protocol {
+                    Protocol::Tcp => wire::Protocol::Tcp,
+                    Protocol::Udp => wire::Protocol::Udp,
+                },
+                port: port.port,
+                target_port: port.target_port,
+            })
+            .collect(),
+        vips: service
+            .vips
+            .into_iter()
+            .map(|vip| wire::Vip {
+                policy: wire::PolicyName(vip.policy.0),
+                instance: vip.instance,
+                addr6: vip.addr6,
+                addr4: vip.addr4,
+            })
+            .collect(),
+        backends: service
+            .backends
+            .into_iter()
+            .map(|backend| wire::Backend {
+                instance: backend.instance,
+                epoch: backend.epoch,
+                node: backend.node,
+                addr6: backend.endpoint.addr6,
+                addr4: backend.endpoint.addr4,
+                state: match backend.state {
+                    table::BackendState::Ready => wire::BackendState::Ready,
+                    table::BackendState::Draining => wire::BackendState::Draining,
+                    table::BackendState::Probing => wire::BackendState::Probing,
+                },
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,178 @@
+//! Three leads in one process, over real TLS on the loopback.
+
+mod mesh;
+
+use std::time::Duration;
+
+use control_api::http::{Application, ApplyResponse, ApplyResult, List, Problem, Status};
+use http::StatusCode;
+
+use crate::mesh::{TestMesh, wait_for};
+
+const GOAL: &str = "
+apiVersion: weft.dev/v1alpha1
+kind: MeshApplication
+metadata: { name: NAME, namespace: shop }
+spec:
+  services:
+    - name: web
+      command: [/bin/true]
+      ports: [{ name: http, port: 80, targetPort: 8080 }]
+      requests: { cpu: 100m, memory: 32Mi }
+";
+
+fn goal(name: &str) -> String {
+    GOAL.replace("NAME", name)
+}
+
+async fn apply(mesh: &TestMesh, lead: &str, name: &str) -> (StatusCode, ApplyResponse) {
+    mesh.post(lead, "/v1/applications", &goal(name)).await
+}
+
+async fn names(mesh: &TestMesh, lead: &str) -> Vec<String> {
+    let (status, list): (_, List<Application>) = mesh.get(lead, "/v1/applications").await;
+    assert_eq!(status, StatusCode::OK);
+    list.items.into_iter().map(|app| app.name).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_when_the_leader_and_then_all_leads_stop() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [x, y] = mesh.others(&leader);
+
+    let (status, answer) = apply(&mesh, &x, "one").await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(answer.applications[0].result, ApplyResult::Created);
+    let (_, answer) = apply(&mesh, &y, "one").await;
+    assert_eq!(answer.applications[0].result, ApplyResult::Unchanged);
+
+    mesh.stop(&leader).await;
+    let (status, answer) = apply(&mesh, &x, "two").await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(answer.applications[0].result, ApplyResult::Created);
+    assert_eq!(names(&mesh, &y).await, ["shop/one", "shop/two"]);
+
+    mesh.stop(&x).await;
+    mesh.stop(&y).await;
+    for name in ["a", "b", "c"] {
+        mesh.start_lead(name).await;
+    }
+    mesh.leader().await;
+    for name in ["a", "b", "c"] {
+        assert_eq!(names(&mesh, name).await, ["shop/one", "shop/two"], "{name}");
+    }
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    assert_eq!(apply(&mesh, &leader, "one").await.0, StatusCode::OK);
+    let [x, y] = mesh.others(&leader);
+    mesh.stop(&x).await;
+    mesh.stop(&y).await;
+
+    let (status, problem): (_, Problem) =
+        mesh.post(&leader, "/v1/applications", &goal("two")).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(problem.error.contains("majority"), "{problem:?}");
+    let (status, list): (_, List<Application>) =
+        mesh.get(&leader, "/v1/applications?consistent=false").await;
+    assert_eq!((status, list.stale), (StatusCode::OK, true));
+    assert_eq!(list.items.len(), 1);
+    let (_, status): (_, Status) = mesh.get(&leader, "/v1/status").await;
+    assert!(status.stale);
+
+    mesh.start_lead(&x).await;
+    let limit = Duration::from_secs(20);
+    wait_for("the change to be taken again", limit, async || {
+        apply(&mesh, &leader, "two").await.0 == StatusCode::OK
+    })
+    .await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_names_the_field_the_value_and_the_way_out() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let bad_unit = goal("one").replace("100m", "100x");
+    let cases: [(&str, &str, Option<&str>, StatusCode, &[&str]); 7] = [
+        (
+            "POST",
+            "/v1/applications",
+            Some(&bad_unit),
+            StatusCode::BAD_REQUEST,
+            &["100x", "cpu", "\"line\":"],
+        ),
+        (
+            "POST",
+            "/v1/applications",
+            Some("{"),
+            StatusCode::BAD_REQUEST,
+            &["error"],
+        ),
+        (
+            "DELETE",
+            "/v1/applications/shop/none",
+            None,
+            StatusCode::NOT_FOUND,
+            &["no application shop/none", "weft get applications"],
+        ),
+        (
+            "GET",
+            "/v1/explain/shop/none/web",
+            None,
+            StatusCode::NOT_FOUND,
+            &["no service shop/none/web", "hint"],
+        ),
+        (
+            "POST",
+            "/v1/migrations",
+            Some(r#"{"slot":"web","to":"edge"}"#),
+            StatusCode::BAD_REQUEST,
+            &["\"field\":\"slot\"", "\"value\":\"web\""],
+        ),
+        (
+            "GET",
+            "/v1/nothing",
+            None,
+            StatusCode::NOT_FOUND,
+            &["/v1/nothing", "/openapi.json"],
+        ),
+        (
+            "GET",
+            "/v1/nodes?consistent=perhaps",
+            None,
+            StatusCode::BAD_REQUEST,
+            &["consistent"],
+        ),
+    ];
+    for (method, path, body, want, parts) in cases {
+        let (status, text) = mesh.ask("a", method, path, body.unwrap_or_default()).await;
+        assert_eq!(status, want, "{method} {path}: {text}");
+        serde_json::from_str::<Problem>(&text).unwrap();
+        for part in parts {
+            assert!(text.contains(part), "{method} {path}: {part:?} in {text}");
+        }
+    }
+    let (status, text) = mesh.ask_as("agent", "a", "GET", "/v1/status").await;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{text}");
+    assert!(text.contains("weft://demo/agent/edge"), "{text}");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_changes_nothing() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let path = "/v1/applications?dry_run=true";
+    let (status, answer): (_, ApplyResponse) = mesh.post("a", path, &goal("one")).await;
+    assert_eq!(status, StatusCode::OK);
+    assert!(answer.dry_run);
+    assert_eq!(answer.applications[0].result, ApplyResult::Created);
+    assert!(names(&mesh, "a").await.is_empty());
+    mesh.end().await;
+}

@@ -1,0 +1,224 @@
+//! A mesh of leads for tests: certificates and data in a temporary folder, ports given by the system.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use control_api::http::Status;
+use http::{Method, Request, StatusCode};
+use netmanager_api::identity::{Credentials, Role};
+use serde::de::DeserializeOwned;
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use weft_lead::{
+    Options, Timers,
+    authority::{self, Wish},
+    dial::{dial, exchange},
+};
+
+/// How long a test waits for what must happen.
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until `condition` holds; panics after `limit`.
+pub(crate) async fn wait_for(
+    what: &str,
+    limit: Duration,
+    mut condition: impl AsyncFnMut() -> bool,
+) {
+    let end = Instant::now() + limit;
+    while !condition().await {
+        assert!(Instant::now() < end, "waited {limit:?} for {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+struct Running {
+    shutdown: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+/// Leads that form one group.
+pub(crate) struct TestMesh {
+    dir: tempfile::TempDir,
+    addresses: BTreeMap<String, SocketAddr>,
+    running: BTreeMap<String, Running>,
+}
+
+impl TestMesh {
+    /// Forms a group of leads with these names.
+    pub(crate) async fn start(names: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let wish = Wish {
+            name: "demo".to_owned(),
+            prefix4: Some(authority::DEFAULT_PREFIX4),
+            prefix6: None,
+        };
+        let ca = dir.path().join("ca");
+        authority::init(&ca, &wish).unwrap();
+        let issue = |role: Role, out: &str| {
+            authority::issue(&ca, role, &dir.path().join(out)).unwrap();
+        };
+        let user = "user".to_owned();
+        issue(Role::User { name: user }, "user");
+        let cluster = "edge".to_owned();
+        issue(Role::Agent { cluster }, "agent");
+        let mut listeners = Vec::new();
+        for name in names {
+            let role = Role::Lead {
+                name: (*name).to_owned(),
+            };
+            issue(role, &format!("lead-{name}"));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            listeners.push(((*name).to_owned(), listener));
+        }
+        let addresses = listeners
+            .iter()
+            .map(|(name, listener)| (name.clone(), listener.local_addr().unwrap()))
+            .collect();
+        let mut mesh = Self {
+            dir,
+            addresses,
+            running: BTreeMap::new(),
+        };
+        for (name, listener) in listeners {
+            mesh.run(&name, listener);
+        }
+        mesh
+    }
+
+    fn run(&mut self, name: &str, listener: TcpListener) {
+        let shutdown = CancellationToken::new();
+        let options = Options {
+            name: name.to_owned(),
+            data: self.dir.path().join(format!("data-{name}")),
+            credentials: self.dir.path().join(format!("lead-{name}")),
+            listen: self.addresses[name],
+            advertise: None,
+            mesh: Some(self.dir.path().join("ca/mesh.json")),
+            peers: self.addresses.clone(),
+            lease: Duration::from_secs(2),
+            timers: Timers::default(),
+        };
+        let serving = weft_lead::serve(options, listener, shutdown.clone());
+        let task = tokio::spawn(async move { serving.await.unwrap() });
+        self.running
+            .insert(name.to_owned(), Running { shutdown, task });
+    }
+
+    /// Starts a lead again, where it was.
+    pub(crate) async fn start_lead(&mut self, name: &str) {
+        let listener = TcpListener::bind(self.addresses[name]).await.unwrap();
+        self.run(name, listener);
+    }
+
+    /// Stops a lead.
+    pub(crate) async fn stop(&mut self, name: &str) {
+        let running = self.running.remove(name).unwrap();
+        running.shutdown.cancel();
+        running.task.await.unwrap();
+    }
+
+    /// Stops every lead.
+    pub(crate) async fn end(mut self) {
+        let names: Vec<_> = self.running.keys().cloned().collect();
+        for name in names {
+            self.stop(&name).await;
+        }
+    }
+
+    /// The two leads beside `leader`.
+    pub(crate) fn others(&self, leader: &str) -> [String; 2] {
+        let others: Vec<_> = self
+            .addresses
+            .keys()
+            .filter(|it| *it != leader)
+            .cloned()
+            .collect();
+        others.try_into().unwrap()
+    }
+
+    /// The leader, once the group has one and holds a mesh.
+    pub(crate) async fn leader(&self) -> String {
+        let mut leader = None;
+        let any = self.running.keys().next().unwrap();
+        wait_for("a leader", LIMIT, async || {
+            let (_, status): (_, Status) = self.get(any, "/v1/status").await;
+            leader = status
+                .leader
+                .filter(|_| status.mesh.is_some() && !status.stale);
+            leader.is_some()
+        })
+        .await;
+        leader.unwrap()
+    }
+
+    /// A connection to a lead with the certificate in `credentials`.
+    pub(crate) fn channel(&self, credentials: &str, lead: &str) -> Channel {
+        let credentials = Credentials::load(&self.path().join(credentials)).unwrap();
+        let is_lead = |role: &Role| matches!(role, Role::Lead { .. });
+        dial(&credentials, self.addresses[lead], is_lead).unwrap()
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Asks a lead as a user; its status and body.
+    pub(crate) async fn ask(
+        &self,
+        lead: &str,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> (StatusCode, String) {
+        request(self.channel("user", lead), method, path, body).await
+    }
+
+    /// Asks a lead with other credentials.
+    pub(crate) async fn ask_as(
+        &self,
+        who: &str,
+        lead: &str,
+        method: &str,
+        path: &str,
+    ) -> (StatusCode, String) {
+        request(self.channel(who, lead), method, path, "").await
+    }
+
+    /// Gets and reads JSON.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, lead: &str, path: &str) -> (StatusCode, T) {
+        let (status, text) = self.ask(lead, "GET", path, "").await;
+        (status, read(&text))
+    }
+
+    /// Posts and reads JSON.
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        lead: &str,
+        path: &str,
+        body: &str,
+    ) -> (StatusCode, T) {
+        let (status, text) = self.ask(lead, "POST", path, body).await;
+        (status, read(&text))
+    }
+}
+
+fn read<T: DeserializeOwned>(text: &str) -> T {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+async fn request(channel: Channel, method: &str, path: &str, body: &str) -> (StatusCode, String) {
+    let request = Request::builder()
+        .method(Method::from_bytes(method.as_bytes()).unwrap())
+        .uri(path)
+        .header("content-type", "application/json")
+        .body(Bytes::from(body.to_owned()))
+        .unwrap();
+    let (status, body) = exchange(channel, request).await.unwrap();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}

@@ -1,0 +1,98 @@
+//! `weft init` and `weft cert`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use ipnet::{Ipv4Net, Ipv6Net};
+use netmanager_api::identity::Role;
+use weft_lead::authority::{self, DEFAULT_PREFIX4, Wish};
+
+/// Makes a mesh.
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// Where the authority's key, its certificate and the mesh file go.
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// The mesh's name.
+    #[arg(long, value_name = "NAME")]
+    mesh: String,
+    /// The mesh's IPv4 space, /12 to /16.
+    #[arg(long, value_name = "PREFIX", default_value_t = DEFAULT_PREFIX4)]
+    prefix4: Ipv4Net,
+    /// The mesh has no IPv4.
+    #[arg(long, conflicts_with = "prefix4")]
+    no_ipv4: bool,
+    /// The mesh's ULA /48; random when it is left out.
+    #[arg(long, value_name = "PREFIX")]
+    prefix6: Option<Ipv6Net>,
+}
+
+impl Init {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let wish = Wish {
+            name: self.mesh,
+            prefix4: (!self.no_ipv4).then_some(self.prefix4),
+            prefix6: self.prefix6,
+        };
+        let mesh = authority::init(&self.dir, &wish)?;
+        let prefix4 = mesh.prefix4.map(|prefix| format!(" and {prefix}"));
+        let dir = self.dir.display();
+        println!(
+            "mesh {} has {}{}; its authority and mesh.json are in {dir} (keep {dir}/ca.key safe)",
+            mesh.name,
+            mesh.prefix6,
+            prefix4.unwrap_or_default(),
+        );
+        Ok(())
+    }
+}
+
+/// What a certificate's holder may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoleKind {
+    Lead,
+    Agent,
+    Node,
+    User,
+}
+
+/// Issues a certificate.
+#[derive(Debug, Args)]
+pub(crate) struct Cert {
+    /// The folder that `weft init` made.
+    #[arg(long, value_name = "DIR")]
+    ca: PathBuf,
+    /// What the holder may be.
+    #[arg(long, value_enum)]
+    role: RoleKind,
+    /// The lead's, node's or user's name; of an agent the cluster's.
+    #[arg(long, value_name = "NAME")]
+    name: String,
+    /// The cluster of a node.
+    #[arg(long, value_name = "CLUSTER", required_if_eq("role", "node"))]
+    cluster: Option<String>,
+    /// Where tls.crt, tls.key and ca.crt go.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl Cert {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let name = self.name;
+        let role = match self.role {
+            RoleKind::Lead => Role::Lead { name },
+            RoleKind::User => Role::User { name },
+            RoleKind::Agent => Role::Agent {
+                cluster: self.cluster.unwrap_or(name),
+            },
+            RoleKind::Node => Role::Node {
+                cluster: self.cluster.context("--cluster is missing")?,
+                node: name,
+            },
+        };
+        let identity = authority::issue(&self.ca, role, &self.out)?;
+        println!("{identity} is in {}", self.out.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,146 @@
+//! Asking the control API: the given leads in turn, until one answers.
+
+use std::{fmt::Write, net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context, anyhow, bail};
+use bytes::Bytes;
+use clap::Args;
+use control_api::http::Problem;
+use http::{Method, Request, StatusCode};
+use netmanager_api::identity::{Credentials, Role};
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
+use weft_lead::dial::{dial, exchange};
+
+/// How long one lead may take; longer than it looks for a leader and waits for the plan.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// How the leads are reached.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Leads {
+    /// A lead's address; several are tried in turn.
+    #[arg(
+        long = "lead",
+        value_name = "IP:PORT",
+        env = "WEFT_LEAD",
+        value_delimiter = ',',
+        required = true
+    )]
+    leads: Vec<SocketAddr>,
+    /// The folder with tls.crt, tls.key and ca.crt, role user.
+    #[arg(long, value_name = "DIR", env = "WEFT_CREDENTIALS")]
+    credentials: PathBuf,
+}
+
+/// A request for any lead.
+pub(crate) struct Ask<'a> {
+    pub(crate) method: Method,
+    pub(crate) path: &'a str,
+    pub(crate) content_type: &'static str,
+    pub(crate) body: Bytes,
+}
+
+impl<'a> Ask<'a> {
+    /// A GET.
+    pub(crate) fn get(path: &'a str) -> Self {
+        Self {
+            method: Method::GET,
+            path,
+            content_type: "application/json",
+            body: Bytes::new(),
+        }
+    }
+}
+
+impl Leads {
+    /// Asks the leads in turn and reads the answer of the first that gives one.
+    pub(crate) fn ask<T: DeserializeOwned>(&self, ask: &Ask<'_>) -> anyhow::Result<T> {
+        let credentials = Credentials::load(&self.credentials).with_context(|| {
+            format!(
+                "the credentials in {} do not serve",
+                self.credentials.display()
+            )
+        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("failed to start the runtime")?;
+        let body = runtime.block_on(self.in_turn(&credentials, ask))?;
+        serde_json::from_slice(&body)
+            .context("the lead's answer cannot be read: is it another version?")
+    }
+
+    async fn in_turn(&self, credentials: &Credentials, ask: &Ask<'_>) -> anyhow::Result<Bytes> {
+        let mut failures = String::new();
+        for lead in &self.leads {
+            match one(*lead, credentials, ask).await {
+                Ok((status, body)) if status.is_success() => return Ok(body),
+                Ok((StatusCode::SERVICE_UNAVAILABLE, body)) => {
+                    write!(failures, "\n  lead {lead}: {}", problem(&body))?;
+                }
+                Ok((_, body)) => bail!("{}", problem(&body)),
+                Err(error) => write!(failures, "\n  lead {lead}: {error:#}")?,
+            }
+        }
+        bail!("no lead served the request:{failures}")
+    }
+}
+
+async fn one(
+    lead: SocketAddr,
+    credentials: &Credentials,
+    ask: &Ask<'_>,
+) -> anyhow::Result<(StatusCode, Bytes)> {
+    let channel = dial(credentials, lead, |role| matches!(role, Role::Lead { .. }))?;
+    let request = Request::builder()
+        .method(&ask.method)
+        .uri(ask.path)
+        .header("content-type", ask.content_type)
+        .body(ask.body.clone())?;
+    match timeout(ANSWER, exchange(channel, request)).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(anyhow!(error).context("failed to reach it")),
+        Err(_) => bail!("no answer within {ANSWER:?}"),
+    }
+}
+
+/// A problem as people read it.
+fn problem(body: &[u8]) -> String {
+    match serde_json::from_slice::<Problem>(body) {
+        Ok(problem) => lines(&problem),
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
+    }
+}
+
+fn lines(problem: &Problem) -> String {
+    let mut text = String::new();
+    if let Some(line) = problem.line {
+        text += &format!("line {line}: ");
+    }
+    if let Some(field) = &problem.field {
+        text += &format!("{field}: ");
+    }
+    text += &problem.error;
+    if let Some(hint) = &problem.hint {
+        text += &format!(" ({hint})");
+    }
+    for more in &problem.more {
+        text += &format!("\n{}", lines(more));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_reads_as_lines_with_the_place_and_the_way_out() {
+        let body = br#"{"error":"unknown unit","field":"spec.cpu","line":3,"hint":"use m","more":[{"error":"also"}]}"#;
+        assert_eq!(
+            problem(body),
+            "line 3: spec.cpu: unknown unit (use m)\nalso"
+        );
+        assert_eq!(problem(b"upstream failure"), "upstream failure");
+    }
+}

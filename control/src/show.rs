@@ -1,0 +1,312 @@
+//! Answers of the control API as tables for people.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use comfy_table::{Table, presets};
+use control_api::http::{
+    Application, ApplyResponse, ApplyResult, Binding, Cluster, Explained, List, Migration, Node,
+    Service, Status,
+};
+use control_core::placement::{Decision, Lost, Parts, Verdict};
+
+/// A kind of thing that can be listed.
+pub(crate) trait Rows {
+    /// The columns' names.
+    const HEADER: &'static [&'static str];
+    /// One thing, column by column.
+    fn row(&self) -> Vec<String>;
+}
+
+fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(header);
+    table.add_rows(rows);
+    table.trim_fmt()
+}
+
+/// A list, and whether it may be stale.
+pub(crate) fn list<T: Rows>(list: &List<T>) -> String {
+    let mut text = if list.items.is_empty() {
+        "nothing there".to_owned()
+    } else {
+        table(T::HEADER, list.items.iter().map(Rows::row))
+    };
+    if list.stale {
+        text += "\n(newer changes may be missing)";
+    }
+    text
+}
+
+fn or_dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+impl Rows for Application {
+    const HEADER: &'static [&'static str] = &["APPLICATION", "READY", "SERVICES", "GENERATION"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            format!("{}/{}", self.ready, self.wanted),
+            self.services.len().to_string(),
+            self.generation.to_string(),
+        ]
+    }
+}
+
+impl Rows for Service {
+    const HEADER: &'static [&'static str] = &["SERVICE", "READY", "CLUSTERS", "PORTS", "VIPS"];
+
+    fn row(&self) -> Vec<String> {
+        let ports = self
+            .ports
+            .iter()
+            .map(|port| format!("{}/{}", port.port, port.protocol));
+        let vips = self.vips.iter().map(|vip| {
+            let instance = vip.instance.map(|n| format!("#{n}")).unwrap_or_default();
+            let addr4 = vip.addr4.map(|addr| format!("{addr} ")).unwrap_or_default();
+            format!("{}{instance} {addr4}{}", vip.policy, vip.addr6)
+        });
+        vec![
+            self.name.clone(),
+            format!("{}/{}", self.ready, self.wanted),
+            self.clusters.join(" "),
+            ports.collect::<Vec<_>>().join(" "),
+            vips.collect::<Vec<_>>().join("\n"),
+        ]
+    }
+}
+
+impl Rows for Binding {
+    const HEADER: &'static [&'static str] = &[
+        "SLOT", "EPOCH", "CLUSTER", "NODE", "STATE", "PHASE", "ADDRESS", "REASON",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.slot.clone(),
+            self.epoch.to_string(),
+            self.cluster.clone(),
+            self.node.clone(),
+            self.state.clone(),
+            self.phase.clone(),
+            self.addr4
+                .map(|addr| addr.to_string())
+                .unwrap_or_else(|| or_dash(self.addr6)),
+            self.reason.clone(),
+        ]
+    }
+}
+
+impl Rows for Cluster {
+    const HEADER: &'static [&'static str] = &[
+        "CLUSTER",
+        "STATE",
+        "TIER",
+        "REGION",
+        "NODES",
+        "INSTANCES",
+        "IPV4",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.state.clone(),
+            format!("{:?}", self.tier).to_lowercase(),
+            self.region.clone(),
+            format!("{}/{}", self.ready, self.nodes),
+            self.bindings.to_string(),
+            self.without_ipv4
+                .clone()
+                .unwrap_or_else(|| "yes".to_owned()),
+        ]
+    }
+}
+
+impl Rows for Node {
+    const HEADER: &'static [&'static str] = &[
+        "NODE", "NUMBER", "READY", "CPU", "MEMORY", "GPUS", "TUNNEL", "TABLE",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            format!("{}/{}", self.cluster, self.name),
+            self.number.to_string(),
+            if self.ready { "yes" } else { "no" }.to_owned(),
+            format!("{}m", self.cpu_milli),
+            format!("{}Mi", self.memory_bytes >> 20),
+            self.gpus.to_string(),
+            or_dash(self.tunnel),
+            format!("{}.{}", self.applied[0], self.applied[1]),
+        ]
+    }
+}
+
+impl Rows for Migration {
+    const HEADER: &'static [&'static str] = &["SLOT", "FROM", "TO", "STATE", "REASON"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.slot.clone(),
+            format!("{} ({})", self.from, self.source),
+            format!("{} ({})", self.to, self.target),
+            self.state.clone(),
+            self.reason.clone(),
+        ]
+    }
+}
+
+/// What came of a goal file: each slot with its cluster, the objective's parts and why the others lost.
+pub(crate) fn applied(answer: &ApplyResponse) -> String {
+    let mut text = String::new();
+    for application in &answer.applications {
+        let result = match application.result {
+            ApplyResult::Created => "created",
+            ApplyResult::Configured => "configured",
+            ApplyResult::Unchanged => "unchanged",
+        };
+        let dry = if answer.dry_run { " (dry run)" } else { "" };
+        text += &format!("{} {result}{dry}\n", application.name);
+        let rows = application.slots.iter().map(|slot| {
+            let (parts, why) = match (&slot.cluster, &slot.decision) {
+                (Some(_), Some(decision)) => (parts(&decision.parts), others(decision)),
+                (Some(_), None) => ("-".to_owned(), String::new()),
+                (None, _) => ("-".to_owned(), pending(&slot.pending)),
+            };
+            let cluster = slot.cluster.clone().unwrap_or_else(|| "pending".to_owned());
+            vec![slot.slot.clone(), cluster, parts, why]
+        });
+        text += &table(
+            &[
+                "SLOT",
+                "CLUSTER",
+                "EUR/h: ENERGY COST LATENCY PERFORMANCE",
+                "OTHERS",
+            ],
+            rows,
+        );
+        text.push('\n');
+    }
+    text.trim_end().to_owned()
+}
+
+/// Micro-EUR as EUR.
+fn eur(micro: u64) -> String {
+    format!("{}.{:06}", micro / 1_000_000, micro % 1_000_000)
+}
+
+fn parts(parts: &Parts) -> String {
+    let terms = [parts.energy, parts.cost, parts.latency, parts.performance];
+    let total = eur(parts.total());
+    format!("{total}: {}", terms.map(eur).join(" "))
+}
+
+fn others(decision: &Decision) -> String {
+    let lost = decision.others.iter().map(|(cluster, lost)| match lost {
+        Lost::Refused(reasons) => format!("{cluster}: {}", reasons.join(", ")),
+        Lost::Dearer { by, .. } => format!("{cluster}: +{} EUR/h", eur(*by)),
+    });
+    lost.collect::<Vec<_>>().join("\n")
+}
+
+fn pending(clusters: &BTreeMap<String, Vec<String>>) -> String {
+    if clusters.is_empty() {
+        return "there is no cluster: weft get clusters".to_owned();
+    }
+    let reasons = clusters
+        .iter()
+        .map(|(cluster, reasons)| format!("{cluster}: {}", reasons.join(", ")));
+    reasons.collect::<Vec<_>>().join("\n")
+}
+
+/// Why a service is where it is.
+pub(crate) fn explained(answer: &Explained) -> String {
+    let mut text = String::new();
+    for slot in &answer.slots {
+        let bound = or_dash(slot.bound.as_ref());
+        text += &format!("{} runs in {bound}\n", slot.slot);
+        if let Some(decision) = &slot.decision {
+            text += &format!(
+                "  decided for {} at {} EUR/h; the application {} EUR/h, at least {} EUR/h\n",
+                decision.cluster,
+                parts(&decision.parts),
+                eur(decision.objective),
+                eur(decision.lower_bound),
+            );
+            for line in others(decision).lines() {
+                text += &format!("    {line}\n");
+            }
+        }
+        text += "  now\n";
+        for (cluster, verdict) in &slot.now {
+            let verdict = match verdict {
+                Verdict::Eligible(terms) => format!("{} EUR/h", parts(terms)),
+                Verdict::Refused(reasons) => format!("refused: {}", reasons.join(", ")),
+            };
+            text += &format!("    {cluster}: {verdict}\n");
+        }
+    }
+    text.trim_end().to_owned()
+}
+
+/// How the leads are.
+pub(crate) fn status(status: &Status) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        // A string takes whatever it is given.
+        let _ = writeln!(text, "{name:<10}{value}");
+    };
+    if let Some(mesh) = &status.mesh {
+        let prefix4 = mesh.prefix4.as_deref().unwrap_or("no IPv4");
+        line("mesh", format!("{} {} {prefix4}", mesh.name, mesh.prefix6));
+        line("lease", format!("{} ms", mesh.lease_ms));
+    }
+    line("leader", or_dash(status.leader.as_ref()));
+    line("term", status.term.to_string());
+    line(
+        "log",
+        format!("{} ({} applied)", status.log_index, status.applied_index),
+    );
+    line("failover", status.failover.clone());
+    for member in &status.members {
+        let here = if member.name == status.lead {
+            " (answered)"
+        } else {
+            ""
+        };
+        line("lead", format!("{} {}{here}", member.name, member.address));
+    }
+    if status.stale {
+        text += "no majority of the leads is reached: changes wait, reads may be stale\n";
+    }
+    text.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn money_is_shown_in_whole_euros_and_micro_euros() {
+        assert_eq!(eur(0), "0.000000");
+        assert_eq!(eur(1_234_567), "1.234567");
+    }
+
+    #[test]
+    fn a_pending_slot_says_why_for_each_cluster() {
+        let reasons = BTreeMap::from([
+            ("edge".to_owned(), vec!["cpu 500m > 200m free".to_owned()]),
+            (
+                "fog".to_owned(),
+                vec!["tier fog".to_owned(), "region de".to_owned()],
+            ),
+        ]);
+        assert_eq!(
+            pending(&reasons),
+            "edge: cpu 500m > 200m free\nfog: tier fog, region de"
+        );
+        assert!(pending(&BTreeMap::new()).contains("no cluster"));
+    }
+}
