@@ -32,6 +32,19 @@ pub enum NetnsError {
         #[source]
         source: io::Error,
     },
+    /// The kernel refuses a value.
+    #[error("failed to set {name} to {value:?} in {netns}")]
+    Sysctl {
+        /// The value's name below `/proc/sys/net`.
+        name: String,
+        /// The value.
+        value: String,
+        /// Where.
+        netns: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A program ended with an error.
     #[error("{command} in {netns}: {status}: {stderr}")]
     Failed {
@@ -134,12 +147,17 @@ impl Netns {
 
     /// Sets a value below `/proc/sys/net`, for instance `ipv4.ip_forward`.
     ///
-    /// # Panics
+    /// # Errors
     /// When the kernel does not know the name or refuses the value.
-    pub fn sysctl(&self, name: &str, value: &str) {
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<(), NetnsError> {
         let path = Path::new("/proc/sys/net").join(name.replace('.', "/"));
         self.run(|| std::fs::write(&path, value))
-            .unwrap_or_else(|error| panic!("failed to set {name} to {value}: {error}"));
+            .map_err(|source| NetnsError::Sysctl {
+                name: name.to_owned(),
+                value: value.to_owned(),
+                netns: self.name.clone(),
+                source,
+            })
     }
 }
 

@@ -42,7 +42,8 @@ pub enum LabCommand {
         /// Which lab.
         #[command(flatten)]
         lab: Which,
-        /// The machine (`edge-1`, `lead-a`, `router-fog`), an attached pod, or an instance's process number.
+        /// The machine (`edge-1`, `lead-a`, `router-fog`), an attached pod, or an instance
+        /// (`namespace/application/service/number`).
         name: String,
         /// The command and its arguments; a shell when it is left out.
         #[arg(last = true)]

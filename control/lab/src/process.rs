@@ -20,6 +20,8 @@ use crate::{error::LabError, folder::Lab};
 
 /// The environment variable that every process of a lab carries.
 pub(crate) const MARK: &str = "WEFT_LAB";
+/// The environment variable by which an instance knows its node.
+const NODE: &str = "WEFT_NODE";
 /// Where iproute2 keeps the names of namespaces.
 pub(crate) const NAMES: &str = "/run/netns";
 
@@ -38,6 +40,8 @@ pub(crate) struct Found {
     pub(crate) command: Vec<String>,
     /// The machine or pod whose network namespace it is in; none outside the lab's.
     pub(crate) machine: Option<String>,
+    /// The node of the pod that it is in, where it says so.
+    pub(crate) node: Option<String>,
 }
 
 impl Found {
@@ -51,10 +55,13 @@ impl Found {
         }
     }
 
-    /// Whether it is on one of these machines.
+    /// Whether it is on one of these machines, or in a pod there.
     pub(crate) fn is_on(&self, machines: &[String]) -> bool {
-        let on = |name: &String| machines.contains(name);
-        self.machine.as_ref().is_some_and(on)
+        let names = [&self.machine, &self.node];
+        names
+            .into_iter()
+            .flatten()
+            .any(|name| machines.contains(name))
     }
 }
 
@@ -94,6 +101,7 @@ pub(crate) fn of_lab(lab: &Lab) -> Vec<Found> {
                 id: of(pid)?,
                 command: words(pid, "cmdline"),
                 machine,
+                node: variable(pid, NODE),
             })
         })
         .collect()
@@ -111,6 +119,21 @@ fn carries(pid: i32, mark: &str) -> bool {
     words(pid, "environ").iter().any(|word| word == mark)
 }
 
+fn variable(pid: i32, name: &str) -> Option<String> {
+    let environment = environment(pid);
+    let (_, value) = environment.into_iter().find(|(own, _)| own == name)?;
+    Some(value)
+}
+
+/// The environment that a process was started with.
+pub(crate) fn environment(pid: i32) -> Vec<(String, String)> {
+    words(pid, "environ")
+        .iter()
+        .filter_map(|word| word.split_once('='))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
+
 fn words(pid: i32, file: &str) -> Vec<String> {
     fs::read(format!("/proc/{pid}/{file}"))
         .unwrap_or_default()
@@ -122,14 +145,34 @@ fn words(pid: i32, file: &str) -> Vec<String> {
 
 /// The lab's namespaces by identity, each with the machine's or pod's name.
 fn namespaces(lab: &Lab) -> BTreeMap<NetnsId, String> {
-    let prefix = lab.prefix();
-    names(&prefix)
+    places(lab)
         .into_iter()
-        .filter_map(|name| {
-            let netns = netns_of(&Path::new(NAMES).join(&name))?;
-            Some((netns, name.strip_prefix(&prefix)?.to_owned()))
-        })
+        .filter_map(|(name, path)| Some((netns_of(&path)?, name)))
         .collect()
+}
+
+/// The lab's machines, attached pods and instances, each with the file of its network namespace. An instance is
+/// `namespace.application.service.number.epoch`, as the local driver names it.
+pub(crate) fn places(lab: &Lab) -> Vec<(String, PathBuf)> {
+    let prefix = lab.prefix();
+    let machines = names(&prefix).into_iter().filter_map(|name| {
+        let short = name.strip_prefix(&prefix)?.to_owned();
+        Some((short, Path::new(NAMES).join(name)))
+    });
+    let sites = list(&lab.path("agent"));
+    let pods = sites.iter().flat_map(|site| list(&site.join("run/pods")));
+    let pods = pods.filter_map(|pod| {
+        let name = pod.file_name()?.to_str()?.to_owned();
+        Some((name, pod.join("netns")))
+    });
+    machines.chain(pods).collect()
+}
+
+fn list(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
 }
 
 /// The named namespaces that begin with `prefix`.

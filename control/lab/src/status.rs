@@ -15,6 +15,8 @@ use crate::{
 #[derive(Debug, Serialize)]
 struct Row {
     machine: Option<String>,
+    /// The node of the pod that it is in.
+    node: Option<String>,
     /// `lead`, `agent`, `netmanager`, `tunnel`, `wan` or `instance`.
     kind: &'static str,
     pid: i32,
@@ -34,13 +36,13 @@ pub(crate) fn show(lab: &Lab, as_json: bool) -> Result<(), LabError> {
         return Ok(());
     }
     println!(
-        "{:<11} {:<14} {:>7} {:>9} {:>9}  COMMAND",
+        "{:<11} {:<30} {:>7} {:>9} {:>9}  COMMAND",
         "KIND", "MACHINE", "PID", "RSS KiB", "MAPS KiB"
     );
     for row in rows {
         let machine = row.machine.as_deref().unwrap_or("-");
         println!(
-            "{:<11} {machine:<14} {:>7} {:>9} {:>9}  {}",
+            "{:<11} {machine:<30} {:>7} {:>9} {:>9}  {}",
             row.kind, row.pid, row.rss_kib, row.map_kib, row.command
         );
     }
@@ -52,6 +54,7 @@ fn row(found: &Found) -> Row {
     let command: Vec<_> = found.command.iter().take(4).map(String::as_str).collect();
     Row {
         machine: found.machine.clone(),
+        node: found.node.clone(),
         kind: kind(&found.command),
         pid,
         command: command.join(" "),

@@ -27,8 +27,6 @@ pub(crate) struct Server {
     pub(crate) instance: Option<u32>,
     /// The binding's epoch.
     pub(crate) epoch: Option<u64>,
-    /// The cluster, where the driver says it.
-    pub(crate) cluster: Option<String>,
     /// The node, where the driver says it.
     pub(crate) node: Option<String>,
     /// The address on which this request arrived: the instance's endpoint, not the VIP.
@@ -44,19 +42,18 @@ impl Server {
             service,
             instance: number("WEFT_INSTANCE").and_then(|value| u32::try_from(value).ok()),
             epoch: number("WEFT_EPOCH"),
-            cluster: text("WEFT_CLUSTER"),
             node: text("WEFT_NODE"),
             address: None,
         }
     }
 
-    /// `service@cluster/node`, or the address where the driver does not say.
+    /// `service@node`, or the address where the driver does not say.
     pub(crate) fn place(&self) -> String {
         let Self { service, .. } = self;
-        match (&self.cluster, &self.node, self.address) {
-            (Some(cluster), Some(node), _) => format!("{service}@{cluster}/{node}"),
-            (_, _, Some(address)) => format!("{service}@{}", address.ip()),
-            _ => format!("{service}@unknown"),
+        match (&self.node, self.address) {
+            (Some(node), _) => format!("{service}@{node}"),
+            (None, Some(address)) => format!("{service}@{}", address.ip()),
+            (None, None) => format!("{service}@unknown"),
         }
     }
 }
@@ -80,7 +77,6 @@ mod tests {
                 service: service.into(),
                 instance: Some(0),
                 epoch: Some(3),
-                cluster: None,
                 node: None,
                 address: Some("[::ffff:10.16.0.5]:9080".parse().unwrap()),
             },
@@ -107,8 +103,7 @@ mod tests {
     fn a_place_is_a_node_where_the_driver_says_so_and_else_an_address() {
         let mut server = answer("details", vec![]).server;
         assert_eq!(server.place(), "details@::ffff:10.16.0.5");
-        server.cluster = Some("fog".into());
         server.node = Some("fog-1".into());
-        assert_eq!(server.place(), "details@fog/fog-1");
+        assert_eq!(server.place(), "details@fog-1");
     }
 }

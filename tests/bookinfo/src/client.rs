@@ -25,7 +25,7 @@ struct Summary {
     ok: u32,
     /// Requests that failed.
     failed: u32,
-    /// How often each place served, `service@cluster/node`, over all depths.
+    /// How often each place served, `service@node`, over all depths.
     served: BTreeMap<String, u32>,
     /// Failures by reason.
     failures: BTreeMap<String, u32>,

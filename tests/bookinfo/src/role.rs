@@ -29,6 +29,8 @@ enum Role {
     },
     /// Stars; calls nobody.
     Ratings(ServiceArgs),
+    /// Does nothing until it is told to stop: a pod from which others are called.
+    Idle,
     /// Asks for pages and says who answered.
     Client(client::ClientArgs),
     /// Asks for pages at a fixed rate, whatever the answers.
@@ -80,6 +82,7 @@ impl Bookinfo {
                 Role::Ratings(args) => {
                     service::serve("ratings", None, service::Calls::Nobody, args).await
                 }
+                Role::Idle => service::idle().await,
                 Role::Client(args) => client::run(&args).await,
                 Role::Load(args) => load::run(args).await,
             }

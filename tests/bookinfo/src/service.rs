@@ -98,6 +98,13 @@ pub(crate) async fn serve(
     .context("failed to serve")
 }
 
+/// Waits for SIGTERM.
+pub(crate) async fn idle() -> Result<()> {
+    let mut stop = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    stop.recv().await;
+    Ok(())
+}
+
 async fn answer(
     State(service): State<Arc<Service>>,
     ConnectInfo(Arrived(address)): ConnectInfo<Arrived>,

@@ -1,0 +1,223 @@
+//! The loads: one TCP stream, a ping-pong of one byte, and connections that carry one byte each.
+//!
+//! Client and server are threads of this process, each in its pod's namespace and on its own CPU, with
+//! blocking sockets and nothing between them and the kernel.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+use weft_tests::Netns;
+
+/// The CPUs of the client and of the server.
+const CPUS: [usize; 2] = [0, 1];
+/// How much is written or read at once, bytes.
+const CHUNK: usize = 256 * 1024;
+/// How long a single read or connect may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Metric {
+    /// One TCP stream, Gbit/s.
+    Throughput,
+    /// One byte there and one back on one connection, per second.
+    RequestResponse,
+    /// Connect, one byte, close; per second.
+    Connections,
+}
+
+impl Metric {
+    pub(crate) const ALL: [Self; 3] = [Self::Throughput, Self::RequestResponse, Self::Connections];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Throughput => "throughput",
+            Self::RequestResponse => "request_response",
+            Self::Connections => "connections",
+        }
+    }
+
+    pub(crate) const fn unit(self) -> &'static str {
+        match self {
+            Self::Throughput => "Gbit/s",
+            Self::RequestResponse | Self::Connections => "1/s",
+        }
+    }
+
+    /// The port that its server listens on, and that the client calls.
+    pub(crate) const fn port(self) -> u16 {
+        match self {
+            Self::Throughput => 5001,
+            Self::RequestResponse => 5002,
+            Self::Connections => 5003,
+        }
+    }
+}
+
+/// Where a load goes: the pods at both ends, and the address that the client calls.
+#[derive(Debug)]
+pub(crate) struct Path<'a> {
+    pub(crate) client: &'a Netns,
+    pub(crate) server: &'a Netns,
+    pub(crate) address: IpAddr,
+}
+
+/// Loads the path for `time` and returns the value in the metric's unit.
+pub(crate) fn measure(path: &Path<'_>, metric: Metric, time: Duration) -> Result<f64> {
+    let listener = path
+        .server
+        .run(|| TcpListener::bind(("0.0.0.0", metric.port())))
+        .with_context(|| format!("failed to listen on port {}", metric.port()))?;
+    let target = SocketAddr::new(path.address, metric.port());
+    thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            path.server.run(|| {
+                pin(CPUS[1])?;
+                match metric {
+                    Metric::Throughput => drain(&listener),
+                    Metric::RequestResponse => answer(&listener),
+                    Metric::Connections => accept(&listener),
+                }
+            })
+        });
+        let client = path.client.run(|| {
+            pin(CPUS[0])?;
+            match metric {
+                Metric::Throughput => pour(target, time),
+                Metric::RequestResponse => ask(target, time),
+                Metric::Connections => connect(target, time),
+            }
+        });
+        let client = client.with_context(|| format!("{} to {target}", metric.name()))?;
+        let served = server.join().expect("the server returns its errors")?;
+        match metric {
+            Metric::Throughput => {
+                let (bytes, lasted) = served.context("the server saw no stream")?;
+                Ok(bytes as f64 * 8.0 / lasted.as_secs_f64() / 1e9)
+            }
+            Metric::RequestResponse | Metric::Connections => Ok(client),
+        }
+    })
+}
+
+fn pin(cpu: usize) -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu).context("there are not that many CPUs")?;
+    sched_setaffinity(Pid::from_raw(0), &cpus)
+        .with_context(|| format!("failed to run on CPU {cpu}: the bench needs two"))
+}
+
+fn open(target: SocketAddr) -> Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&target, PATIENCE).context("failed to connect")?;
+    stream
+        .set_nodelay(true)
+        .context("failed to set TCP_NODELAY")?;
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .context("failed to set a timeout")?;
+    stream
+        .set_write_timeout(Some(PATIENCE))
+        .context("failed to set a timeout")?;
+    Ok(stream)
+}
+
+fn next(listener: &TcpListener) -> Result<TcpStream> {
+    let (stream, _) = listener.accept().context("failed to accept")?;
+    stream
+        .set_nodelay(true)
+        .context("failed to set TCP_NODELAY")?;
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .context("failed to set a timeout")?;
+    Ok(stream)
+}
+
+/// Bytes and time that the server saw of a stream, where it is the one who measures.
+type Served = Option<(u64, Duration)>;
+
+fn pour(target: SocketAddr, time: Duration) -> Result<f64> {
+    let mut stream = open(target)?;
+    let chunk = vec![0; CHUNK];
+    let start = Instant::now();
+    while start.elapsed() < time {
+        stream.write_all(&chunk).context("failed to write")?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn drain(listener: &TcpListener) -> Result<Served> {
+    let mut stream = next(listener)?;
+    let mut chunk = vec![0; CHUNK];
+    let mut bytes = 0;
+    let start = Instant::now();
+    loop {
+        match stream.read(&mut chunk).context("failed to read")? {
+            0 => return Ok(Some((bytes, start.elapsed()))),
+            read => bytes += read as u64,
+        }
+    }
+}
+
+fn ask(target: SocketAddr, time: Duration) -> Result<f64> {
+    let mut stream = open(target)?;
+    let mut byte = [0];
+    let mut count = 0_u32;
+    let start = Instant::now();
+    while start.elapsed() < time {
+        stream.write_all(&byte).context("failed to write")?;
+        stream.read_exact(&mut byte).context("failed to read")?;
+        count += 1;
+    }
+    Ok(f64::from(count) / start.elapsed().as_secs_f64())
+}
+
+fn answer(listener: &TcpListener) -> Result<Served> {
+    let mut stream = next(listener)?;
+    let mut byte = [0];
+    loop {
+        match stream.read(&mut byte) {
+            Ok(0) => return Ok(None),
+            Ok(_) => stream.write_all(&byte).context("failed to write")?,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
+            Err(error) => return Err(error).context("failed to read"),
+        }
+    }
+}
+
+/// The last connection carries another byte: it tells the server to end.
+const LAST: u8 = 0xff;
+
+fn connect(target: SocketAddr, time: Duration) -> Result<f64> {
+    let mut count = 0_u32;
+    let start = Instant::now();
+    while start.elapsed() < time {
+        open(target)?.write_all(&[0]).context("failed to write")?;
+        count += 1;
+    }
+    let lasted = start.elapsed();
+    open(target)?
+        .write_all(&[LAST])
+        .context("failed to write")?;
+    Ok(f64::from(count) / lasted.as_secs_f64())
+}
+
+fn accept(listener: &TcpListener) -> Result<Served> {
+    loop {
+        let mut stream = next(listener)?;
+        let mut byte = [0; 2];
+        let read = stream.read(&mut byte).context("failed to read")?;
+        ensure!(read == 1, "a connection carried {read} bytes, not 1");
+        if byte[0] == LAST {
+            return Ok(None);
+        }
+    }
+}
