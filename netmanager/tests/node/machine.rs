@@ -1,0 +1,452 @@
+//! One node of the tests: a namespace with a daemon that follows a table in a file, and pods attached by hand
+//! through the CNI door.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use ebpf_common::addr::Policy;
+use netmanager_api::{
+    cni::{AttachmentKey, PodRef, Refused, Reply, Request, Reserve, Reserved},
+    table::{
+        Backend, BackendState, Mesh, Node as TableNode, PolicyName, Port, Protocol, Revision,
+        Service, Table, Vip,
+    },
+};
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::{
+        socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, connect,
+            recv, send, setsockopt, socket, sockopt::ReceiveTimeout,
+        },
+        time::TimeVal,
+    },
+};
+use tempfile::TempDir;
+use weft_tests::{Netns, Process, wait_for};
+
+/// A daemon that starts loads programs; a debug build on a busy machine takes a second.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// What is refused is refused at once; a packet that is lost in silence takes longer.
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(900);
+
+pub(crate) const VIP4: Ipv4Addr = Ipv4Addr::new(10, 24, 0, 5);
+pub(crate) const UNLINKED4: Ipv4Addr = Ipv4Addr::new(10, 24, 0, 6);
+
+pub(crate) fn vip6() -> Ipv6Addr {
+    "fd12:3456:789a:1000:0:5::".parse().unwrap()
+}
+
+pub(crate) fn unlinked6() -> Ipv6Addr {
+    "fd12:3456:789a:1000:0:6::".parse().unwrap()
+}
+
+/// The table of node 1 with one service, TCP 80 -> 8080 and UDP 53 -> 5353.
+pub(crate) fn table(index: u64, backends: Vec<Backend>) -> Table {
+    let port = |protocol, port, target_port| Port {
+        protocol,
+        port,
+        target_port,
+    };
+    Table {
+        revision: Revision {
+            incarnation: 1,
+            index,
+        },
+        mesh: Mesh {
+            prefix6: "fd12:3456:789a::/48".parse().unwrap(),
+            prefix4: Some("10.16.0.0/12".parse().unwrap()),
+            seed: 7,
+        },
+        node: TableNode {
+            number: 1,
+            blocks4: vec!["10.16.0.0/27".parse().unwrap()],
+        },
+        peers: Vec::new(),
+        services: vec![Service {
+            name: "default/shop/web".into(),
+            number: 5,
+            ports: vec![port(Protocol::Tcp, 80, 8080), port(Protocol::Udp, 53, 5353)],
+            vips: vec![Vip {
+                policy: PolicyName(Policy::Balanced),
+                instance: None,
+                addr6: vip6(),
+                addr4: Some(VIP4),
+            }],
+            backends,
+        }],
+    }
+}
+
+pub(crate) struct Node {
+    pub(crate) netns: Netns,
+    directory: TempDir,
+    args: Vec<String>,
+    daemon: Option<Process>,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.daemon = None;
+        // Fails only where the daemon never mounted it.
+        let _ = umount2(&self.path("bpf"), MntFlags::MNT_DETACH);
+    }
+}
+
+impl Node {
+    /// A node whose daemon answers.
+    pub(crate) fn start(label: &str, args: &[&str]) -> Self {
+        let mut node = Self::prepare(label, args);
+        node.write_table(&table(1, Vec::new()));
+        node.run();
+        node.wait_ready();
+        node
+    }
+
+    /// A node without a daemon.
+    pub(crate) fn prepare(label: &str, args: &[&str]) -> Self {
+        Self {
+            netns: Netns::new(label).unwrap(),
+            directory: tempfile::tempdir().unwrap(),
+            args: args.iter().map(|&arg| arg.to_owned()).collect(),
+            daemon: None,
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The daemon's command line, with `state` as its state directory.
+    pub(crate) fn command(&self, state: &Path, socket: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
+        let device = format!(
+            "wn{}",
+            self.netns.name().replace(|c: char| !c.is_ascii_digit(), "")
+        );
+        command
+            .args(["run", "--node", "n1", "--tunnel-device", &device])
+            .arg("--table")
+            .arg(self.path("table.json"))
+            .arg("--state")
+            .arg(state)
+            .arg("--socket")
+            .arg(socket)
+            .arg("--bpffs")
+            .arg(self.path("bpf"))
+            // Maps of a size that a test fills in no time to make.
+            .args([
+                "--flows",
+                "4096",
+                "--backends",
+                "256",
+                "--slots",
+                "4096",
+                "--vips",
+                "256",
+            ])
+            .args(&self.args);
+        command
+    }
+
+    pub(crate) fn run(&mut self) {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path("log"))
+            .unwrap();
+        let mut command = self.command(&self.path("state"), &self.path("cni.sock"));
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.daemon = Some(self.netns.spawn(&mut command).unwrap());
+    }
+
+    /// As `kill -9` does it.
+    pub(crate) fn kill(&mut self) {
+        self.daemon = None;
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn wait_ready(&self) {
+        wait_for("the daemon is ready", SOON, || {
+            (self.try_ask(&Request::Status).ok()? == Reply::Done).then_some(())
+        });
+    }
+
+    pub(crate) fn write_table(&self, table: &Table) {
+        let beside = self.path("table.json.new");
+        fs::write(&beside, serde_json::to_vec(table).unwrap()).unwrap();
+        fs::rename(beside, self.path("table.json")).unwrap();
+    }
+
+    /// Writes the table and waits until the daemon took it.
+    pub(crate) fn follow(&self, table: &Table) {
+        self.write_table(table);
+        let revision = format!("index: {} ", table.revision.index);
+        wait_for("the table is taken", SOON, || {
+            let log = self.log();
+            log.lines()
+                .any(|line| line.contains("took a table") && line.contains(&revision))
+                .then_some(())
+        });
+        // The table is applied before the next request is answered.
+        assert_eq!(self.ask(&Request::Status), Reply::Done, "{}", self.log());
+    }
+
+    pub(crate) fn ask(&self, request: &Request) -> Reply {
+        self.try_ask(request)
+            .unwrap_or_else(|error| panic!("{error}\n{}", self.log()))
+    }
+
+    fn try_ask(&self, request: &Request) -> io::Result<Reply> {
+        let mut stream = UnixStream::connect(self.path("cni.sock"))?;
+        stream.set_read_timeout(Some(SOON))?;
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        stream.write_all(&line)?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(serde_json::from_str(&answer)?)
+    }
+
+    pub(crate) fn refusal(&self, request: &Request) -> Refused {
+        match self.ask(request) {
+            Reply::Refused(refused) => refused,
+            reply => panic!("{reply:?} is no refusal"),
+        }
+    }
+
+    /// A pod that is attached as the CNI plugin does it.
+    pub(crate) fn attach(&self, name: &str) -> Pod {
+        let netns = Netns::new(&format!("p{name}")).unwrap();
+        let key = AttachmentKey {
+            network: "weft".into(),
+            container_id: name.into(),
+            ifname: "net1".into(),
+        };
+        let wish = Reserve {
+            key: key.clone(),
+            netns: netns.path().display().to_string(),
+            pod: PodRef {
+                name: name.into(),
+                ..PodRef::default()
+            },
+            instance: None,
+            mac: None,
+        };
+        let reserved = match self.ask(&Request::Reserve(wish)) {
+            Reply::Reserved(reserved) => reserved,
+            reply => panic!("{reply:?} is no reservation"),
+        };
+        self.wire(&netns, &reserved);
+        let link = self
+            .netns
+            .ip(&format!("-o link show {}", reserved.host_ifname))
+            .unwrap();
+        let host_ifindex = link.split(':').next().unwrap().parse().unwrap();
+        let activate = Request::Activate {
+            key: key.clone(),
+            host_ifindex,
+        };
+        assert_eq!(self.ask(&activate), Reply::Done);
+        self.netns
+            .ip(&format!("link set {} up", reserved.host_ifname))
+            .unwrap();
+        Pod {
+            netns,
+            key,
+            reserved,
+        }
+    }
+
+    fn wire(&self, pod: &Netns, reserved: &Reserved) {
+        let Reserved {
+            host_ifname,
+            host_mac,
+            mac,
+            mtu,
+            addr6,
+            gateway6,
+            mesh6,
+            ..
+        } = reserved;
+        self.netns
+            .ip(&format!(
+                "link add {host_ifname} address {host_mac} mtu {mtu} type veth peer name net1 address {mac} mtu {mtu} netns {}",
+                pod.name()
+            ))
+            .unwrap();
+        pod.ip("link set net1 up").unwrap();
+        pod.ip(&format!("address add {addr6}/128 dev net1 nodad"))
+            .unwrap();
+        let mut ways = vec![(
+            "-6",
+            gateway6.to_string(),
+            mesh6.to_string(),
+            addr6.to_string(),
+        )];
+        if let (Some(addr4), Some(gateway4), Some(mesh4)) =
+            (reserved.addr4, reserved.gateway4, reserved.mesh4)
+        {
+            pod.ip(&format!("address add {addr4}/32 dev net1")).unwrap();
+            ways.push((
+                "-4",
+                gateway4.to_string(),
+                mesh4.to_string(),
+                addr4.to_string(),
+            ));
+        }
+        for (family, gateway, mesh, own) in ways {
+            pod.ip(&format!(
+                "neigh add {gateway} lladdr {host_mac} dev net1 nud permanent"
+            ))
+            .unwrap();
+            pod.ip(&format!("{family} route add {gateway} dev net1"))
+                .unwrap();
+            pod.ip(&format!(
+                "{family} route add {mesh} via {gateway} dev net1 src {own} onlink"
+            ))
+            .unwrap();
+        }
+    }
+}
+
+pub(crate) struct Pod {
+    pub(crate) netns: Netns,
+    pub(crate) key: AttachmentKey,
+    pub(crate) reserved: Reserved,
+}
+
+impl Pod {
+    /// This pod as a backend of the table.
+    pub(crate) fn backend(&self, instance: u32, state: BackendState) -> Backend {
+        Backend {
+            instance,
+            epoch: 1,
+            node: 1,
+            addr6: self.reserved.addr6,
+            addr4: self.reserved.addr4,
+            state,
+        }
+    }
+
+    /// Answers TCP 8080 and UDP 5353 until the test ends: a greeting with `name`, then what it hears.
+    pub(crate) fn serve(&self, name: &'static str) {
+        let (tcp, udp) = self.netns.run(|| {
+            (
+                TcpListener::bind("[::]:8080").unwrap(),
+                UdpSocket::bind("[::]:5353").unwrap(),
+            )
+        });
+        thread::spawn(move || {
+            for mut stream in tcp.incoming().flatten() {
+                thread::spawn(move || {
+                    let mut reader = stream.try_clone()?;
+                    stream.write_all(format!("{name}\n").as_bytes())?;
+                    io::copy(&mut reader, &mut stream)
+                });
+            }
+        });
+        thread::spawn(move || {
+            let mut datagram = [0; 2048];
+            while let Ok((length, from)) = udp.recv_from(&mut datagram) {
+                if udp.send_to(&datagram[..length], from).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// A connection from `netns`, and who greets at its other end.
+pub(crate) fn call(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<(TcpStream, String)> {
+    let to = SocketAddr::new(to.into(), 80);
+    let mut stream = netns.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(3)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    stream.set_nodelay(true)?;
+    let mut greeting = Vec::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        stream.read_exact(&mut byte)?;
+        greeting.extend(byte);
+    }
+    Ok((stream, String::from_utf8_lossy(&greeting).trim().to_owned()))
+}
+
+/// Sends bytes over a connection and reads them back.
+pub(crate) fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes)?;
+    let mut back = vec![0; bytes.len()];
+    stream.read_exact(&mut back)?;
+    assert_eq!(back, bytes);
+    Ok(())
+}
+
+/// Sends a datagram to port 53 and reads it back.
+pub(crate) fn datagram(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
+    let to = SocketAddr::new(to.into(), 53);
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = netns.run(|| UdpSocket::bind(any))?;
+    socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+    socket.connect(to)?;
+    socket.send(b"question")?;
+    let mut back = [0; 16];
+    let length = socket.recv(&mut back)?;
+    assert_eq!(&back[..length], b"question");
+    Ok(())
+}
+
+/// An ICMP echo.
+pub(crate) fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
+    let to = SocketAddr::new(to.into(), 0);
+    let (family, protocol, request, answer) = if to.is_ipv4() {
+        (AddressFamily::Inet, SockProtocol::Icmp, 8u8, 0u8)
+    } else {
+        (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 129)
+    };
+    netns
+        .sysctl("ipv4.ping_group_range", "0 2147483647")
+        .unwrap();
+    let socket = netns.run(|| {
+        socket(
+            family,
+            SockType::Datagram,
+            SockFlag::empty(),
+            Some(protocol),
+        )
+    })?;
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::new(3, 0))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    send(
+        socket.as_raw_fd(),
+        &[request, 0, 0, 0, 0, 0, 0, 1, b'w'],
+        MsgFlags::empty(),
+    )?;
+    let mut back = [0; 64];
+    let length = recv(socket.as_raw_fd(), &mut back, MsgFlags::empty())?;
+    assert_eq!((back[0], length), (answer, 9));
+    Ok(())
+}
+
+/// How long `work` takes to fail, and its error.
+pub(crate) fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error) {
+    let start = Instant::now();
+    match work() {
+        Ok(_) => panic!("it succeeded"),
+        Err(error) => (start.elapsed(), error),
+    }
+}
