@@ -20,3 +20,5 @@ pub mod placement;
 pub mod plan;
 pub mod report;
 pub mod table;
+#[cfg(test)]
+mod world;

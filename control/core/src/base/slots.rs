@@ -177,7 +177,8 @@ impl KnowledgeBase {
             }
             Action::BindTarget => {
                 // Where the target cannot take it any more the slot is pending, and bound anew.
-                if self.eligible(slot, &migration.to).is_ok() {
+                let bound = self.live(slot).is_some();
+                if !bound && self.eligible(slot, &migration.to).is_ok() {
                     let (epoch, to) = (migration.target, &migration.to);
                     self.insert_binding(slot, epoch, to, BindingState::Active);
                 }

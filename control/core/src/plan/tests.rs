@@ -1,1 +1,323 @@
+use super::*;
+use crate::{
+    command::Applied,
+    world::{SHOP, World, name, service, slot},
+};
 
+fn shop() -> World {
+    let mut world = World::new();
+    assert_eq!(world.apply(SHOP), Ok(Applied::Generation(1)));
+    world.settle();
+    world
+}
+
+#[test]
+fn a_goal_file_becomes_running_instances_where_they_cost_least() {
+    let world = shop();
+    assert_eq!(world.backends("default/shop/client"), ["edge"]);
+    for cheap in ["front", "stock", "store"] {
+        assert_eq!(world.backends(&format!("default/shop/{cheap}")), ["cloud"]);
+    }
+}
+
+#[test]
+fn the_same_goal_file_again_and_constant_input_change_nothing() {
+    let mut world = shop();
+    assert_eq!(world.apply(SHOP), Ok(Applied::Unchanged));
+    world.step_ms = 10_000;
+    for _ in 0..90 {
+        assert_eq!(world.step(), Vec::new());
+    }
+}
+
+#[test]
+fn a_goal_change_moves_services_make_before_break() {
+    let mut world = shop();
+    world.flows = 3;
+    world
+        .apply(&SHOP.replace("{ cost: 1 }", "{ latency: 1 }"))
+        .unwrap();
+    let mut steps = 0;
+    while world.backends("default/shop/stock") != ["edge"] || !world.quiet_migrations() {
+        world.step();
+        steps += 1;
+        assert!(steps < 60, "{:#?}", world.kb.migrations);
+        for service in ["front", "stock"] {
+            let backends = world.backends(&format!("default/shop/{service}"));
+            assert_eq!(backends.len(), 1, "{service} after {steps} s: {backends:?}");
+        }
+    }
+    assert_eq!(world.backends("default/shop/front"), ["edge"]);
+    // One writer does not move by itself: it would have to stop first.
+    assert_eq!(world.backends("default/shop/store"), ["cloud"]);
+    assert_eq!(world.running("cloud"), 1);
+    world.settle();
+    assert!(steps >= 10, "flows are drained until the deadline");
+}
+
+#[test]
+fn the_move_budget_bounds_what_is_on_its_way() {
+    let mut world = shop();
+    world.inputs.moves = 1;
+    world
+        .apply(&SHOP.replace("{ cost: 1 }", "{ latency: 1 }"))
+        .unwrap();
+    for _ in 0..40 {
+        world.step();
+        let running = world
+            .kb
+            .migrations
+            .values()
+            .filter(|m| m.state.is_running());
+        assert!(running.count() <= 1);
+    }
+    assert_eq!(world.backends("default/shop/front"), ["edge"]);
+}
+
+#[test]
+fn a_small_gain_moves_nothing() {
+    let mut world = shop();
+    // A twentieth cheaper than the cloud, after the cool-down: less than a tenth.
+    let mut facts = world.agent("fog").facts.clone();
+    facts.cpu_price_ueur_h = 19_000;
+    world.agent("fog").facts = facts;
+    world.register("fog");
+    world.step_ms = 10_000;
+    for _ in 0..90 {
+        assert_eq!(world.step(), Vec::new());
+    }
+}
+
+#[test]
+fn a_lost_cluster_is_replaced_and_stops_its_copies_when_it_returns() {
+    let mut world = shop();
+    world.lose("cloud");
+    world.run(4);
+    assert_eq!(world.backends("default/shop/front"), ["fog"]);
+    assert_eq!(
+        world.backends("default/shop/store"),
+        Vec::<String>::new(),
+        "one writer waits"
+    );
+    world.run(6);
+    assert_eq!(world.backends("default/shop/store"), ["fog"]);
+    assert_eq!(world.kb.owed_stops[&name("cloud")].len(), 3);
+    world.register("cloud");
+    world.step();
+    assert_eq!(world.running("cloud"), 0);
+    world.run(2);
+    assert!(world.kb.owed_stops.is_empty());
+}
+
+#[test]
+fn paused_failover_replaces_nothing() {
+    let mut world = shop();
+    world.inputs.failover = Failover::Paused;
+    world.lose("cloud");
+    world.run(30);
+    assert!(world.kb.owed_stops.is_empty());
+    world.register("cloud");
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+}
+
+#[test]
+fn what_a_cluster_refuses_is_bound_elsewhere_until_the_next_generation() {
+    let mut world = World::new();
+    world
+        .agent("cloud")
+        .refuses
+        .insert("default/shop/front".to_owned());
+    world.apply(SHOP).unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["fog"]);
+    let explained = placement::explain(&world.kb, &service("default/shop/front"), world.now_ms);
+    let reason = vec!["refused by the cluster: no such program".to_owned()];
+    assert_eq!(explained[0].now[&name("cloud")], Verdict::Refused(reason));
+    world.agent("cloud").refuses.clear();
+    world
+        .apply(&SHOP.replace("rate: 10 ", "rate: 11 "))
+        .unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+}
+
+#[test]
+fn an_instance_that_does_not_answer_is_bound_elsewhere() {
+    let mut world = shop();
+    world
+        .agent("cloud")
+        .mute
+        .insert("default/shop/front".to_owned());
+    world.run(9);
+    assert_eq!(world.backends("default/shop/front"), Vec::<String>::new());
+    world.run(5);
+    assert_eq!(world.backends("default/shop/front"), ["fog"]);
+    assert_eq!(world.backends("default/shop/stock"), ["cloud"]);
+}
+
+#[test]
+fn what_cannot_be_placed_is_pending_with_reasons_and_the_rest_runs() {
+    let mut world = World::new();
+    world
+        .apply(&SHOP.replace("cpu: 250m", "cpu: 5, gpu: 1"))
+        .unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+    assert_eq!(world.backends("default/shop/store"), Vec::<String>::new());
+    let explained = placement::explain(&world.kb, &service("default/shop/store"), world.now_ms);
+    insta::assert_yaml_snapshot!(explained);
+}
+
+#[test]
+fn scaling_down_drains_and_then_stops() {
+    let mut world = World::new();
+    let two = SHOP.replacen("command: [front]", "command: [front]\n      replicas: 2", 1);
+    world.apply(&two).unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front").len(), 2);
+    world.flows = 1;
+    world.apply(SHOP).unwrap();
+    world.run(5);
+    let draining = slot("default/shop/front#1");
+    assert!(world.kb.slots.contains_key(&draining), "flows are left");
+    world.flows = 0;
+    world.run(3);
+    assert!(!world.kb.slots.contains_key(&draining));
+}
+
+#[test]
+fn a_deleted_application_leaves_nothing_behind() {
+    let mut world = shop();
+    let application = "default/shop".parse().unwrap();
+    let delete = Command::Delete { application };
+    assert_eq!(world.one(delete.clone()), Ok(Applied::Changed));
+    world.settle();
+    assert!(world.kb.slots.is_empty() && world.kb.services.is_empty());
+    assert_eq!(world.running("cloud") + world.running("edge"), 0);
+    assert!(matches!(
+        world.one(delete),
+        Err(Refusal::UnknownApplication(_))
+    ));
+    // The old addresses rest; check_vips has seen each.
+    world.apply(SHOP).unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+}
+
+#[test]
+fn a_new_version_takes_over_where_the_old_one_runs() {
+    let mut world = shop();
+    let before = world.kb.live(&slot("default/shop/front#0")).unwrap().0;
+    world
+        .apply(&SHOP.replace("[front]", "[front, --new]"))
+        .unwrap();
+    for _ in 0..20 {
+        world.step();
+        assert_eq!(world.backends("default/shop/front").len(), 1);
+    }
+    let (epoch, binding) = world.kb.live(&slot("default/shop/front#0")).unwrap();
+    assert!(epoch > before);
+    assert_eq!(binding.cluster, name("cloud"));
+    assert_eq!(binding.template.command, ["front", "--new"]);
+    // The one writer too, but it stops first: World checks that there are never two.
+    world
+        .apply(&SHOP.replace("[store]", "[store, --new]"))
+        .unwrap();
+    world.settle();
+    let (_, binding) = world.kb.live(&slot("default/shop/store#0")).unwrap();
+    assert_eq!(binding.template.command, ["store", "--new"]);
+}
+
+#[test]
+fn a_user_moves_a_slot_and_is_told_why_not() {
+    let mut world = shop();
+    let moves = |world: &World, slot_name: &str, to: &str| {
+        request_move(&world.kb, &slot(slot_name), &name(to), world.now_ms)
+    };
+    let no = moves(&world, "default/shop/client#0", "cloud").unwrap_err();
+    assert_eq!(
+        no.to_string(),
+        "default/shop/client#0 cannot run in cloud: tier: needs edge, is cloud"
+    );
+    for moved in ["default/shop/front#0", "default/shop/store#0"] {
+        let command = moves(&world, moved, "fog").unwrap();
+        world.one(command).unwrap();
+        let again = moves(&world, moved, "fog").unwrap_err();
+        assert!(matches!(again, Refusal::Migrating(_)), "{again}");
+    }
+    world.run(20);
+    assert_eq!(world.backends("default/shop/front"), ["fog"]);
+    assert_eq!(world.backends("default/shop/store"), ["fog"]);
+    assert!(world.quiet_migrations());
+}
+
+#[test]
+fn a_target_that_fails_rolls_the_migration_back() {
+    let mut world = shop();
+    world
+        .agent("fog")
+        .mute
+        .insert("default/shop/front".to_owned());
+    let command = request_move(
+        &world.kb,
+        &slot("default/shop/front#0"),
+        &name("fog"),
+        world.now_ms,
+    );
+    world.one(command.unwrap()).unwrap();
+    for _ in 0..70 {
+        world.step();
+        assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+    }
+    let state = world.kb.migrations[&slot("default/shop/front#0")].state;
+    assert_eq!(state, State::RolledBack);
+    assert_eq!(world.running("fog"), 0);
+}
+
+#[test]
+fn a_source_that_is_lost_hands_over_at_once() {
+    let mut world = shop();
+    world.acknowledge = false;
+    let command = request_move(
+        &world.kb,
+        &slot("default/shop/front#0"),
+        &name("fog"),
+        world.now_ms,
+    );
+    world.one(command.unwrap()).unwrap();
+    world.run(5);
+    let state = world.kb.migrations[&slot("default/shop/front#0")].state;
+    assert!(
+        matches!(state, State::Repointing { .. }),
+        "nobody acknowledges: {state:?}"
+    );
+    world.lose("cloud");
+    world.run(2);
+    let state = world.kb.migrations[&slot("default/shop/front#0")].state;
+    assert_eq!(state, State::Done);
+    assert_eq!(world.backends("default/shop/front"), ["fog"]);
+    assert!(!world.kb.owed_stops[&name("cloud")].is_empty());
+}
+
+#[test]
+fn a_node_that_is_not_ready_is_not_waited_for() {
+    let mut world = shop();
+    world.acknowledge = false;
+    let command = request_move(
+        &world.kb,
+        &slot("default/shop/front#0"),
+        &name("fog"),
+        world.now_ms,
+    );
+    world.one(command.unwrap()).unwrap();
+    world.run(5);
+    // Only the client's node is concerned with front.
+    for node in world.agent("edge").nodes.values_mut() {
+        node.alive = false;
+    }
+    world.run(2);
+    let state = world.kb.migrations[&slot("default/shop/front#0")].state;
+    assert_ne!(state, State::Starting);
+    assert!(!matches!(state, State::Repointing { .. }), "{state:?}");
+}
