@@ -1,5 +1,10 @@
 //! One node, whole: the real daemon, its programs, pods attached through the CNI door.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a step of a test that fails, fails the test, here as in its body"
+)]
+
 use std::{
     io::ErrorKind,
     sync::atomic::{AtomicBool, Ordering},
@@ -15,6 +20,8 @@ use weft_tests::wait_for;
 
 #[path = "node/machine.rs"]
 mod machine;
+#[path = "node/mesh.rs"]
+mod mesh;
 
 use machine::{
     AT_ONCE, Node, SOON, UNLINKED4, VIP4, call, datagram, echo, failure, ping, table, unlinked6,

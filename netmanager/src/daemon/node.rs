@@ -290,15 +290,7 @@ impl Node {
         }
         let endpoint = self.endpoint.clone().expect("it was just made");
         self.attach_programs(&endpoint)?;
-        let tunnel = self
-            .parts
-            .device
-            .borrow()
-            .as_ref()
-            .map(|device| TunnelDevice {
-                ifindex: device.ifindex,
-                mtu: device.mtu,
-            });
+        let tunnel = self.tunnel();
         let inputs = Inputs {
             table: &table,
             node: &endpoint,
@@ -359,6 +351,24 @@ impl Node {
             without_ipv4(table);
         }
         Ok(())
+    }
+
+    /// The tunnel device; a predecessor's until the own keeper has looked at it, so that a restart is no gap.
+    fn tunnel(&self) -> Option<TunnelDevice> {
+        match self.parts.device.borrow().as_ref() {
+            Some(device) => Some(TunnelDevice {
+                ifindex: device.ifindex,
+                mtu: device.mtu,
+            }),
+            None => self
+                .have
+                .config
+                .filter(|config| config.tunnel_ifindex != 0)
+                .map(|config| TunnelDevice {
+                    ifindex: config.tunnel_ifindex,
+                    mtu: config.tunnel_mtu,
+                }),
+        }
     }
 
     fn attach_programs(&mut self, endpoint: &NodeEndpoint) -> Result<(), DatapathError> {

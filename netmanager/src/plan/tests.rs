@@ -5,7 +5,9 @@ use std::{
 
 use ebpf_common::{
     addr::Policy,
-    layout::{BACKEND_DRAINING, BACKEND_LIVE, Backend, Config, Endpoint, Vip},
+    layout::{
+        BACKEND_DRAINING, BACKEND_LIVE, Backend, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint, Vip,
+    },
 };
 use netmanager_api::table::{self, BackendState, PolicyName, Protocol, Revision, Table};
 use proptest::prelude::*;
@@ -125,10 +127,7 @@ fn a_table_becomes_vips_runs_and_backends() {
     assert_eq!(state.backends[&1].flags, BACKEND_LIVE);
     assert_eq!(state.backends[&1].generation, 1);
     assert_eq!(state.local.len(), 2);
-    assert_eq!(
-        state.endpoints[&3].flags,
-        ebpf_common::layout::ENDPOINT_PLAIN_REDIRECT
-    );
+    assert_eq!(state.endpoints[&3].flags, ENDPOINT_PLAIN_REDIRECT);
 }
 
 #[test]

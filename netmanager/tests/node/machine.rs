@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ebpf_common::addr::Policy;
+use ebpf_common::addr::{Mesh4, Mesh6, Name4, Name6, Policy};
 use netmanager_api::{
     cni::{AttachmentKey, PodRef, Refused, Reply, Request, Reserve, Reserved},
     table::{
@@ -24,12 +24,14 @@ use netmanager_api::{
 use nix::{
     mount::{MntFlags, umount2},
     sys::{
+        signal::{Signal, kill},
         socket::{
             AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, connect,
             recv, send, setsockopt, socket, sockopt::ReceiveTimeout,
         },
         time::TimeVal,
     },
+    unistd::Pid,
 };
 use tempfile::TempDir;
 use weft_tests::{Netns, Process, wait_for};
@@ -52,6 +54,11 @@ pub(crate) fn unlinked6() -> Ipv6Addr {
 
 /// The table of node 1 with one service, TCP 80 -> 8080 and UDP 53 -> 5353.
 pub(crate) fn table(index: u64, backends: Vec<Backend>) -> Table {
+    table_of(1, index, backends)
+}
+
+/// The same of another node.
+pub(crate) fn table_of(number: u32, index: u64, backends: Vec<Backend>) -> Table {
     let port = |protocol, port, target_port| Port {
         protocol,
         port,
@@ -68,27 +75,52 @@ pub(crate) fn table(index: u64, backends: Vec<Backend>) -> Table {
             seed: 7,
         },
         node: TableNode {
-            number: 1,
-            blocks4: vec!["10.16.0.0/27".parse().unwrap()],
+            number,
+            blocks4: vec![block4(number)],
         },
         peers: Vec::new(),
         services: vec![Service {
             name: "default/shop/web".into(),
             number: 5,
             ports: vec![port(Protocol::Tcp, 80, 8080), port(Protocol::Udp, 53, 5353)],
-            vips: vec![Vip {
-                policy: PolicyName(Policy::Balanced),
-                instance: None,
-                addr6: vip6(),
-                addr4: Some(VIP4),
-            }],
+            vips: vec![
+                vip(Policy::Balanced, None),
+                vip(Policy::Closest, None),
+                vip(Policy::Instance, Some(1)),
+            ],
             backends,
         }],
     }
 }
 
+/// The block of a node's IPv4 addresses.
+pub(crate) fn block4(number: u32) -> ipnet::Ipv4Net {
+    format!("10.16.0.{}/27", (number - 1) * 32).parse().unwrap()
+}
+
+/// A VIP of the service, as the leads number it.
+pub(crate) fn vip(policy: Policy, instance: Option<u32>) -> Vip {
+    let mesh4 = Mesh4::new(u32::from_be_bytes([10, 16, 0, 0]), 12).unwrap();
+    let mesh6 = Mesh6::new(0xfd12_3456_789a << 80).unwrap();
+    let number = if instance.is_some() { 9 } else { 5 };
+    let name6 = Name6::Vip {
+        policy,
+        service: 5,
+        instance: instance.unwrap_or(0),
+    };
+    Vip {
+        policy: PolicyName(policy),
+        instance,
+        addr6: Ipv6Addr::from_bits(mesh6.encode(name6)),
+        addr4: mesh4
+            .encode(Name4::Vip { policy, number })
+            .map(Ipv4Addr::from_bits),
+    }
+}
+
 pub(crate) struct Node {
     pub(crate) netns: Netns,
+    pub(crate) number: u32,
     directory: TempDir,
     args: Vec<String>,
     daemon: Option<Process>,
@@ -97,6 +129,21 @@ pub(crate) struct Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.daemon = None;
+        // The userspace tunnel outlives its daemon, on purpose.
+        for entry in fs::read_dir(self.path("state"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("tunnel-") && name.ends_with(".pid") {
+                let number = fs::read_to_string(entry.path()).unwrap_or_default();
+                if let Ok(number) = number.trim().parse() {
+                    // It may have ended by itself.
+                    let _ = kill(Pid::from_raw(number), Signal::SIGKILL);
+                }
+            }
+        }
         // Fails only where the daemon never mounted it.
         let _ = umount2(&self.path("bpf"), MntFlags::MNT_DETACH);
     }
@@ -114,8 +161,14 @@ impl Node {
 
     /// A node without a daemon.
     pub(crate) fn prepare(label: &str, args: &[&str]) -> Self {
+        Self::prepare_in(Netns::new(label).unwrap(), 1, args)
+    }
+
+    /// The same in a namespace that is there.
+    pub(crate) fn prepare_in(netns: Netns, number: u32, args: &[&str]) -> Self {
         Self {
-            netns: Netns::new(label).unwrap(),
+            netns,
+            number,
             directory: tempfile::tempdir().unwrap(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             daemon: None,
@@ -170,6 +223,15 @@ impl Node {
             .stdout(Stdio::null())
             .stderr(log);
         self.daemon = Some(self.netns.spawn(&mut command).unwrap());
+    }
+
+    /// Starts the daemon, with a first table where there is none yet, and waits until it is ready.
+    pub(crate) fn run_ready(&mut self) {
+        if !self.path("table.json").exists() {
+            self.write_table(&table_of(self.number, 1, Vec::new()));
+        }
+        self.run();
+        self.wait_ready();
     }
 
     /// As `kill -9` does it.
@@ -268,6 +330,7 @@ impl Node {
             .unwrap();
         Pod {
             netns,
+            node: self.number,
             key,
             reserved,
         }
@@ -327,6 +390,7 @@ impl Node {
 
 pub(crate) struct Pod {
     pub(crate) netns: Netns,
+    node: u32,
     pub(crate) key: AttachmentKey,
     pub(crate) reserved: Reserved,
 }
@@ -337,7 +401,7 @@ impl Pod {
         Backend {
             instance,
             epoch: 1,
-            node: 1,
+            node: self.node,
             addr6: self.reserved.addr6,
             addr4: self.reserved.addr4,
             state,
