@@ -207,10 +207,10 @@ const fn ending(packet: &Packet, fin: u32) -> u32 {
     }
 }
 
-/// What a backend's packet looks like to the client `endpoint`; `None` where it belongs to no translated flow.
+/// Decides what a backend's packet is to the endpoint `client`; `None` where it belongs to no translated flow.
 /// `own` is the number of the endpoint that it comes from, 0 for the tunnel.
 #[inline(always)]
-pub(crate) fn undo(packet: &mut Packet, client: u32, own: u32) -> Option<Tuple> {
+pub(crate) fn undo(packet: &mut Packet, client: u32, own: u32) -> Option<()> {
     packet.key.direction = FLOW_REVERSE;
     packet.key.endpoint = client;
     let Found { entry, .. } = find(&packet.key)?;
@@ -224,16 +224,38 @@ pub(crate) fn undo(packet: &mut Packet, client: u32, own: u32) -> Option<Tuple> 
         }
     }
     entry.touch();
-    Some(Tuple {
+    packet.to = undone(&packet.key, flow);
+    Some(())
+}
+
+/// The tuple on the way to the client, for a reverse entry.
+#[inline(always)]
+pub(crate) fn undone(key: &FlowKey, flow: &Flow) -> Tuple {
+    Tuple {
         src: flow.addr,
         dst: if flow.flags & FLOW_HAIRPIN != 0 {
-            packet.key.src
+            key.src
         } else {
-            packet.key.dst
+            key.dst
         },
         sport_be: flow.port_be,
         dport_be: flow.client_port_be,
-    })
+    }
+}
+
+/// The tuple on the way to the backend, for a forward entry.
+#[inline(always)]
+pub(crate) fn translated(config: &Config, key: &FlowKey, flow: &Flow) -> Tuple {
+    Tuple {
+        src: if flow.flags & FLOW_HAIRPIN != 0 {
+            node_address(config, family_of(&key.src))
+        } else {
+            key.src
+        },
+        dst: flow.addr,
+        sport_be: flow.client_port_be,
+        dport_be: flow.port_be,
+    }
 }
 
 /// Remembers that a datagram was delivered to the local endpoint `endpoint` untranslated, so that its answer may leave.

@@ -16,6 +16,7 @@
 mod address;
 mod csum;
 mod deliver;
+mod error;
 mod flow;
 mod header;
 mod maps;
@@ -37,28 +38,28 @@ use crate::skb::Skb;
 
 /// The stable program of every link of an endpoint.
 #[classifier]
-pub fn weft_dispatch_pod(context: TcContext) -> i32 {
+pub(crate) fn weft_dispatch_pod(context: TcContext) -> i32 {
     maps::call(&context, PROGRAM_POD).unwrap_or(TC_ACT_SHOT)
 }
 
 /// The stable program of the tunnel device.
 #[classifier]
-pub fn weft_dispatch_tunnel(context: TcContext) -> i32 {
+pub(crate) fn weft_dispatch_tunnel(context: TcContext) -> i32 {
     maps::call(&context, PROGRAM_TUNNEL).unwrap_or(TC_ACT_SHOT)
 }
 
 /// What an endpoint sends.
 #[classifier]
-pub fn weft_pod(context: TcContext) -> i32 {
+pub(crate) fn weft_pod(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
     pod::from_endpoint(&mut skb).unwrap_or_else(|reason| refused(&mut skb, reason))
 }
 
 /// What comes out of the tunnel.
 #[classifier]
-pub fn weft_tunnel(context: TcContext) -> i32 {
+pub(crate) fn weft_tunnel(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
-    tunnel::from_tunnel(&mut skb).unwrap_or_else(|reason| dropped(reason))
+    tunnel::from_tunnel(&mut skb).unwrap_or_else(dropped)
 }
 
 /// Counts a packet of an endpoint, and answers it where its sender is owed an answer.

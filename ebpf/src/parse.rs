@@ -17,6 +17,7 @@ use crate::{
         UDP_LEN, Udp,
     },
     skb::Skb,
+    translate::Tuple,
 };
 
 /// The version of the IP header.
@@ -86,6 +87,10 @@ pub(crate) struct Packet {
     pub(crate) tcp_flags: u8,
     /// TCP's sequence number; 0 for the others.
     pub(crate) seq_be: u32,
+    /// What it becomes, once that is decided.
+    pub(crate) to: Tuple,
+    /// For an ICMP error: the key of the flow that it is about.
+    pub(crate) quoted: FlowKey,
 }
 
 impl Packet {

@@ -2,14 +2,14 @@
 
 use ebpf_common::{
     addr::NODE_ENDPOINT,
-    layout::{Addr, Config, Endpoint},
+    layout::{Addr, Config, Endpoint, FLOW_FORWARD, FLOW_REVERSE},
     reason::Reason,
 };
 
 use crate::{
     address::{self, Name},
     deliver::{self, Way},
-    flow,
+    error, flow,
     header::ETHERNET_LEN,
     maps,
     parse::{Family, Kind, Packet},
@@ -31,12 +31,20 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
     }
     match address::name(config, family, &packet.key.dst) {
         Name::Foreign => Err(Reason::NotMesh),
+        Name::Vip(_) if packet.kind == Kind::IcmpError => {
+            packet.key.direction = FLOW_FORWARD;
+            packet.key.endpoint = endpoint.number;
+            error::translate(skb, ETHERNET_LEN, config, packet)?.ok_or(Reason::NoFlow)?;
+            let name = address::name(config, family, &packet.to.dst);
+            let way = deliver::way(config, &packet.to.dst, name)?;
+            deliver::frame(skb, config, way)
+        }
         Name::Vip(policy) => {
-            let tuple = vip::resolve(config, endpoint, packet, policy)?;
-            let name = address::name(config, family, &tuple.dst);
-            let way = deliver::way(config, &tuple.dst, name)?;
+            vip::resolve(config, endpoint, packet, policy)?;
+            let name = address::name(config, family, &packet.to.dst);
+            let way = deliver::way(config, &packet.to.dst, name)?;
             deliver::fits(skb, config, packet, way)?;
-            translate::translate(skb, ETHERNET_LEN, packet, &tuple)?;
+            translate::translate(skb, ETHERNET_LEN, packet)?;
             deliver::frame(skb, config, way)
         }
         name => to_endpoint(skb, config, endpoint, packet, name),
@@ -53,19 +61,33 @@ fn to_endpoint(
     name: Name,
 ) -> Result<i32, Reason> {
     let way = deliver::way(config, &packet.key.dst, name)?;
-    if let Way::Local(receiver) = way
-        && let Some(tuple) = flow::undo(packet, receiver.number, endpoint.number)
-    {
-        translate::translate(skb, ETHERNET_LEN, packet, &tuple)?;
-        // A hairpin's answer goes back to the pod that it came from.
-        let way = match maps::local(&tuple.dst) {
-            Some(client) if tuple.dst != packet.key.dst => Way::Local(client),
-            _ => way,
+    if let (Way::Local(receiver), Kind::IcmpError) = (way, packet.kind) {
+        packet.key.direction = FLOW_REVERSE;
+        packet.key.endpoint = receiver.number;
+        return match error::translate(skb, ETHERNET_LEN, config, packet)? {
+            Some(_) => back(skb, config, packet, way),
+            None => deliver::frame(skb, config, way),
         };
-        return deliver::frame(skb, config, way);
+    }
+    if let Way::Local(receiver) = way
+        && flow::undo(packet, receiver.number, endpoint.number).is_some()
+    {
+        translate::translate(skb, ETHERNET_LEN, packet)?;
+        return back(skb, config, packet, way);
     }
     admit(endpoint, packet, way)?;
     deliver::fits(skb, config, packet, way)?;
+    deliver::frame(skb, config, way)
+}
+
+/// Delivers what was translated back; a hairpin's answer goes to the pod that it came from, not to the node endpoint.
+#[inline(always)]
+fn back(skb: &mut Skb, config: &Config, packet: &Packet, way: Way) -> Result<i32, Reason> {
+    let way = if packet.to.dst == packet.key.dst {
+        way
+    } else {
+        Way::Local(maps::local(&packet.to.dst).ok_or(Reason::NoEndpoint)?)
+    };
     deliver::frame(skb, config, way)
 }
 

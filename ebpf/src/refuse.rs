@@ -1,188 +1,147 @@
-//! What a caller hears when its packet goes nowhere: a TCP reset at once, so that nobody waits for a timeout.
+//! What a sender hears of a packet that goes nowhere: a TCP reset or an ICMP error at once, so that nobody
+//! waits for a timeout. The answer is made of the packet itself and goes back to the link that it came from.
 
-use ebpf_common::{layout::PROTO_TCP, reason::Reason};
+mod reset;
+mod unreachable;
 
+use ebpf_common::{
+    layout::{Config, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
+    reason::Reason,
+};
+
+use self::unreachable::Error;
 use crate::{
     csum,
     header::{
-        ETH_P_IP, ETH_P_IPV6, ETHERNET_LEN, Ethernet, IPV4_LEN, IPV4_PLAIN, Ipv4, Ipv6, TCP_ACK,
-        TCP_FIN, TCP_LEN, TCP_RST, TCP_SYN, Tcp,
+        ETHERNET_LEN, Ethernet, ICMP4_ECHO_REQUEST, ICMP6_ECHO_REQUEST, IPV4_LEN, IPV4_PLAIN, Icmp,
+        Ipv4, Ipv6,
     },
+    maps,
     parse::Family,
-    skb::{Covers, Skb},
+    skb::Skb,
 };
 
 /// Hop count of packets that a program makes (RFC 1340's recommendation).
 const HOPS: u8 = 64;
 
-/// Whether the sender is told.
+/// What is said for a reason.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// Nothing: the sender is not to be trusted, or there is nobody to tell.
+    Silence,
+    /// There is nothing at that address and port.
+    Refused,
+    /// The packet is too big for its path.
+    TooBig,
+}
+
 #[inline(always)]
-const fn is_answered(reason: Reason) -> bool {
-    matches!(
-        reason,
+const fn answer_to(reason: Reason) -> Answer {
+    match reason {
         Reason::NotLinked
-            | Reason::UndeclaredPort
-            | Reason::NoBackend
-            | Reason::FlowTableFull
-            | Reason::FlowQuota
-            | Reason::NoSourcePort
-            | Reason::BackendGone
-            | Reason::NoFlow
-            | Reason::DirectEndpoint
-            | Reason::NoEndpoint
-    )
+        | Reason::UndeclaredPort
+        | Reason::NoBackend
+        | Reason::FlowTableFull
+        | Reason::FlowQuota
+        | Reason::NoSourcePort
+        | Reason::BackendGone
+        | Reason::NoFlow
+        | Reason::DirectEndpoint
+        | Reason::NoEndpoint => Answer::Refused,
+        Reason::TooBig => Answer::TooBig,
+        _ => Answer::Silence,
+    }
 }
 
 /// Answers the endpoint that sent the frame at hand; the TC action of the answer, or `None` for silence.
 #[inline(always)]
 pub(crate) fn answer(skb: &mut Skb, reason: Reason) -> Option<i32> {
-    if !is_answered(reason) {
+    let answer = answer_to(reason);
+    if answer == Answer::Silence {
         return None;
     }
+    let config = maps::config().ok()?;
     let family = Family::of_frame(skb).ok()?;
-    match family {
-        Family::V4 if skb.header::<Ipv4>(ETHERNET_LEN)?.proto == PROTO_TCP => {}
-        Family::V6 if skb.header::<Ipv6>(ETHERNET_LEN)?.next == PROTO_TCP => {}
-        _ => return None,
+    let proto = match family {
+        Family::V4 => skb.header::<Ipv4>(ETHERNET_LEN)?.proto,
+        Family::V6 => skb.header::<Ipv6>(ETHERNET_LEN)?.next,
+    };
+    if proto == PROTO_TCP && answer == Answer::Refused {
+        reset::reset(skb, family)?;
+    } else {
+        let error = error_for(skb, config, family, proto, answer)?;
+        unreachable::quote(skb, config, family, error)?;
     }
-    reset(skb, family)?;
     Some(skb.redirect(skb.ifindex()))
 }
 
-/// Turns the segment at hand into the reset that answers it (RFC 9293, 3.10.7.1).
+/// The ICMP error for a packet; `None` for ICMP that is no echo request (RFC 1122 3.2.2, RFC 4443 2.4).
 #[inline(always)]
-fn reset(skb: &mut Skb, family: Family) -> Option<()> {
-    let l4 = ETHERNET_LEN + family.len();
-    let payload = payload_len(skb, family)?;
-    let old = *skb.header::<Tcp>(l4)?;
-    if old.flags & TCP_RST != 0 {
-        return None;
+fn error_for(
+    skb: &Skb,
+    config: &Config,
+    family: Family,
+    proto: u8,
+    answer: Answer,
+) -> Option<Error> {
+    let echo = skb
+        .header::<Icmp>(ETHERNET_LEN + family.len())
+        .is_some_and(|icmp| match family {
+            Family::V4 => icmp.kind == ICMP4_ECHO_REQUEST,
+            Family::V6 => icmp.kind == ICMP6_ECHO_REQUEST,
+        });
+    match (family, proto) {
+        (Family::V4, PROTO_ICMP) | (Family::V6, PROTO_ICMP6) if !echo => None,
+        _ if answer == Answer::TooBig => Some(Error::too_big(family, config.tunnel_mtu)),
+        (_, PROTO_UDP) => Some(Error::port(family)),
+        _ => Some(Error::host(family)),
     }
-    let (seq_be, ack_be, flags) = if old.flags & TCP_ACK != 0 {
-        (old.ack_be, 0, TCP_RST)
-    } else {
-        let header = u32::from(old.offset >> 4) * 4;
-        let ends = u32::from(old.flags & TCP_SYN != 0) + u32::from(old.flags & TCP_FIN != 0);
-        let ack = u32::from_be(old.seq_be)
-            .wrapping_add(payload.wrapping_sub(header))
-            .wrapping_add(ends);
-        (0, ack.to_be(), TCP_RST | TCP_ACK)
-    };
-    skb.resize(l4 + TCP_LEN).ok()?;
-    turn_frame(skb, family)?;
-    let pseudo = turn_ip(skb, family, TCP_LEN as u16)?;
-    let tcp = Tcp {
-        sport_be: old.dport_be,
-        dport_be: old.sport_be,
-        seq_be,
-        ack_be,
-        offset: ((TCP_LEN / 4) << 4) as u8,
-        flags,
-        window_be: 0,
-        check: 0,
-        urgent_be: 0,
-    };
-    *skb.header_mut::<Tcp>(l4)? = tcp;
-    let check = if is_offloaded(skb, l4)? {
-        csum::fold16(pseudo)
-    } else {
-        !csum::fold16(pseudo + tcp_sum(&tcp))
-    };
-    skb.header_mut::<Tcp>(l4)?.check = check;
-    Some(())
-}
-
-/// Bytes after the IP header.
-#[inline(always)]
-fn payload_len(skb: &Skb, family: Family) -> Option<u32> {
-    Some(match family {
-        Family::V4 => u32::from(u16::from_be(skb.header::<Ipv4>(ETHERNET_LEN)?.total_be))
-            .wrapping_sub(IPV4_LEN as u32),
-        Family::V6 => u32::from(u16::from_be(skb.header::<Ipv6>(ETHERNET_LEN)?.payload_be)),
-    })
 }
 
 /// Swaps the frame's addresses.
 #[inline(always)]
-fn turn_frame(skb: &mut Skb, family: Family) -> Option<()> {
+fn turn_frame(skb: &mut Skb) -> Option<()> {
     let ethernet = skb.header_mut::<Ethernet>(0)?;
-    *ethernet = Ethernet {
-        dst: ethernet.src,
-        src: ethernet.dst,
-        kind_be: match family {
-            Family::V4 => ETH_P_IP.to_be(),
-            Family::V6 => ETH_P_IPV6.to_be(),
-        },
-    };
+    (ethernet.dst, ethernet.src) = (ethernet.src, ethernet.dst);
     Some(())
 }
 
-/// Swaps the IP header's addresses over `payload` bytes of TCP; the sum of the pseudo header.
+/// A finished IPv4 header before `payload` bytes.
 #[inline(always)]
-fn turn_ip(skb: &mut Skb, family: Family, payload: u16) -> Option<u64> {
-    let tail = u64::from(payload.to_be()) + u64::from(u16::from(PROTO_TCP).to_be());
-    match family {
-        Family::V4 => {
-            let ip = skb.header_mut::<Ipv4>(ETHERNET_LEN)?;
-            *ip = Ipv4 {
-                version_ihl: IPV4_PLAIN,
-                tos: 0,
-                total_be: (payload + IPV4_LEN as u16).to_be(),
-                id_be: 0,
-                // Do not fragment.
-                fragment_be: 0x4000_u16.to_be(),
-                ttl: HOPS,
-                proto: PROTO_TCP,
-                check: 0,
-                src: ip.dst,
-                dst: ip.src,
-            };
-            ip.check = !csum::fold16(ipv4_sum(ip));
-            Some(u64::from(ip.src) + u64::from(ip.dst) + tail)
-        }
-        Family::V6 => {
-            let ip = skb.header_mut::<Ipv6>(ETHERNET_LEN)?;
-            *ip = Ipv6 {
-                version_be: (6_u32 << 28).to_be(),
-                payload_be: payload.to_be(),
-                next: PROTO_TCP,
-                hops: HOPS,
-                src: ip.dst,
-                dst: ip.src,
-            };
-            Some(csum::sum(&ip.src) + csum::sum(&ip.dst) + tail)
-        }
+fn ip4(src: u32, dst: u32, proto: u8, payload: usize) -> Ipv4 {
+    let mut ip = Ipv4 {
+        version_ihl: IPV4_PLAIN,
+        tos: 0,
+        total_be: ((IPV4_LEN + payload) as u16).to_be(),
+        id_be: 0,
+        // Do not fragment.
+        fragment_be: 0x4000_u16.to_be(),
+        ttl: HOPS,
+        proto,
+        check: 0,
+        src,
+        dst,
+    };
+    ip.check = !csum::fold16(
+        u64::from(u16::from_ne_bytes([ip.version_ihl, ip.tos]))
+            + u64::from(ip.total_be)
+            + u64::from(ip.fragment_be)
+            + u64::from(u16::from_ne_bytes([ip.ttl, ip.proto]))
+            + u64::from(src)
+            + u64::from(dst),
+    );
+    ip
+}
+
+/// An IPv6 header before `payload` bytes.
+#[inline(always)]
+fn ip6(src: [u32; 4], dst: [u32; 4], next: u8, payload: usize) -> Ipv6 {
+    Ipv6 {
+        version_be: (6_u32 << 28).to_be(),
+        payload_be: (payload as u16).to_be(),
+        next,
+        hops: HOPS,
+        src,
+        dst,
     }
-}
-
-#[inline(always)]
-fn ipv4_sum(ip: &Ipv4) -> u64 {
-    u64::from(u16::from_ne_bytes([ip.version_ihl, ip.tos]))
-        + u64::from(ip.total_be)
-        + u64::from(ip.id_be)
-        + u64::from(ip.fragment_be)
-        + u64::from(u16::from_ne_bytes([ip.ttl, ip.proto]))
-        + u64::from(ip.src)
-        + u64::from(ip.dst)
-}
-
-#[inline(always)]
-fn tcp_sum(tcp: &Tcp) -> u64 {
-    u64::from(tcp.sport_be)
-        + u64::from(tcp.dport_be)
-        + u64::from(tcp.seq_be)
-        + u64::from(tcp.ack_be)
-        + u64::from(u16::from_ne_bytes([tcp.offset, tcp.flags]))
-        + u64::from(tcp.window_be)
-        + u64::from(tcp.urgent_be)
-}
-
-/// Whether a device still has to finish the checksum (`CHECKSUM_PARTIAL`). Programs cannot read that, but the
-/// helper leaves such a field alone when a word outside the pseudo header changes.
-#[inline(always)]
-fn is_offloaded(skb: &mut Skb, l4: usize) -> Option<bool> {
-    const CHECK: usize = 16;
-    skb.add_to_checksum(l4 + CHECK, 1, Covers::Payload, 0)
-        .ok()?;
-    Some(skb.header::<Tcp>(l4)?.check == 0)
 }

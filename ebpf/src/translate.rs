@@ -13,6 +13,8 @@ use crate::{
 };
 
 /// Addresses and ports; for ICMP echo the identifier stands in `sport_be` (request) or `dport_be` (reply).
+#[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Tuple {
     pub(crate) src: Addr,
     pub(crate) dst: Addr,
@@ -20,14 +22,10 @@ pub(crate) struct Tuple {
     pub(crate) dport_be: u16,
 }
 
-/// Makes `packet`, whose IP header is at `l2`, one of `tuple`.
+/// Makes `packet`, whose IP header is at `l2`, what it is to be (`packet.to`).
 #[inline(always)]
-pub(crate) fn translate(
-    skb: &mut Skb,
-    l2: usize,
-    packet: &Packet,
-    tuple: &Tuple,
-) -> Result<(), Reason> {
+pub(crate) fn translate(skb: &mut Skb, l2: usize, packet: &Packet) -> Result<(), Reason> {
+    let tuple = &packet.to;
     let addresses = csum::difference_of(&packet.key.src.words, &tuple.src.words)
         + csum::difference_of(&packet.key.dst.words, &tuple.dst.words);
     let ports = ports_difference(packet, tuple);

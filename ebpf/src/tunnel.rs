@@ -1,10 +1,10 @@
 //! Packets that come out of the tunnel: from remote endpoints, for local ones, and never into a tunnel again.
 
-use ebpf_common::reason::Reason;
+use ebpf_common::{layout::FLOW_REVERSE, reason::Reason};
 
 use crate::{
     address::{self, Name},
-    deliver, flow, maps,
+    deliver, error, flow, maps,
     parse::{Family, Kind},
     skb::Skb,
     translate,
@@ -24,8 +24,12 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
         return Err(Reason::TunnelSource);
     }
     let endpoint = maps::local(&packet.key.dst).ok_or(Reason::TunnelDestination)?;
-    if let Some(tuple) = flow::undo(packet, endpoint.number, 0) {
-        translate::translate(skb, 0, packet, &tuple)?;
+    if packet.kind == Kind::IcmpError {
+        packet.key.direction = FLOW_REVERSE;
+        packet.key.endpoint = endpoint.number;
+        error::translate(skb, 0, config, packet)?;
+    } else if flow::undo(packet, endpoint.number, 0).is_some() {
+        translate::translate(skb, 0, packet)?;
     } else if packet.kind == Kind::Udp {
         flow::note_inbound(packet, endpoint.number);
     }

@@ -14,7 +14,6 @@ use crate::{
     flow::{self, Found},
     maps::{self, Entry, Table},
     parse::{Family, Kind, Packet},
-    translate::Tuple,
 };
 
 /// How many source ports are tried for a reverse entry before the flow is refused.
@@ -22,14 +21,14 @@ const PORT_TRIES: u32 = 16;
 /// How many slots in a row are tried while the one that was picked names a backend that has just died.
 const SLOT_TRIES: u32 = 4;
 
-/// What a client's packet to a VIP looks like to the backend.
+/// Decides what a client's packet to a VIP is to the backend.
 #[inline(always)]
 pub(crate) fn resolve(
     config: &Config,
     endpoint: &Endpoint,
     packet: &mut Packet,
     policy: Policy,
-) -> Result<Tuple, Reason> {
+) -> Result<(), Reason> {
     packet.key.direction = FLOW_FORWARD;
     packet.key.endpoint = endpoint.number;
     let found = flow::find(&packet.key);
@@ -39,7 +38,8 @@ pub(crate) fn resolve(
                 if found.entry.flow().isn_be == packet.seq_be
                     && flow::live_backend(found.entry.flow()).is_some() =>
             {
-                Ok(translation(config, packet, found.entry))
+                translate_to(config, packet, found.entry);
+                Ok(())
             }
             Some(found) => {
                 flow::forget(config, &packet.key, found.entry.flow());
@@ -59,7 +59,7 @@ pub(crate) fn resolve(
 
 /// A segment of a connection that is known.
 #[inline(always)]
-fn segment(config: &Config, packet: &Packet, found: Found) -> Result<Tuple, Reason> {
+fn segment(config: &Config, packet: &mut Packet, found: Found) -> Result<(), Reason> {
     let flow = found.entry.flow();
     if flow::live_backend(flow).is_none() {
         flow::forget(config, &packet.key, flow);
@@ -69,16 +69,16 @@ fn segment(config: &Config, packet: &Packet, found: Found) -> Result<Tuple, Reas
         flow::promote(config, &packet.key, found.entry)?;
     }
     // Read before the connection is closed: its entry may be another's afterwards.
-    let tuple = translation(config, packet, found.entry);
+    translate_to(config, packet, found.entry);
     if packet.closes() {
         flow::close_forward(config, packet, flow);
     }
-    Ok(tuple)
+    Ok(())
 }
 
 /// A datagram or echo request of a flow that is known.
 #[inline(always)]
-fn datagram(config: &Config, packet: &Packet, entry: Entry) -> Result<Tuple, Reason> {
+fn datagram(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Reason> {
     let flow = entry.flow();
     if flow::live_backend(flow).is_none() {
         flow::forget(config, &packet.key, flow);
@@ -87,7 +87,8 @@ fn datagram(config: &Config, packet: &Packet, entry: Entry) -> Result<Tuple, Rea
     if entry.touch() {
         keep_reverse(config, &packet.key, flow);
     }
-    Ok(translation(config, packet, entry))
+    translate_to(config, packet, entry);
+    Ok(())
 }
 
 /// Puts back the reverse entry where the table has lost it: the flow may be used in one direction only.
@@ -98,24 +99,9 @@ fn keep_reverse(config: &Config, key: &FlowKey, flow: &Flow) {
 }
 
 #[inline(always)]
-fn translation(config: &Config, packet: &Packet, entry: Entry) -> Tuple {
+fn translate_to(config: &Config, packet: &mut Packet, entry: Entry) {
     entry.touch();
-    translated(config, packet, entry.flow())
-}
-
-/// The tuple on the way to the backend.
-#[inline(always)]
-fn translated(config: &Config, packet: &Packet, flow: &Flow) -> Tuple {
-    Tuple {
-        src: if flow.flags & FLOW_HAIRPIN != 0 {
-            flow::node_address(config, packet.family)
-        } else {
-            packet.key.src
-        },
-        dst: flow.addr,
-        sport_be: flow.client_port_be,
-        dport_be: flow.port_be,
-    }
+    packet.to = flow::translated(config, &packet.key, entry.flow());
 }
 
 /// The value of the reverse entry for a forward entry.
@@ -131,10 +117,14 @@ fn reverse_of(key: &FlowKey, flow: &Flow) -> Flow {
 
 /// Opens a flow: picks a backend, claims the reverse entry, remembers both.
 #[inline(never)]
-fn open(config: &Config, packet: &Packet, policy: Policy) -> Result<Tuple, Reason> {
+fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
     let vip = lookup(packet)?;
-    let hash = pick::flow_hash(&hash_tuple(packet, policy), config.seed);
-    let index = pick_backend(packet.family, hash, vip)?;
+    let hash = hash_flow(config, packet);
+    let choice = match policy {
+        Policy::Sticky => hash_source(config, packet),
+        _ => hash,
+    };
+    let index = pick_backend(packet.family, choice, vip)?;
     let backend = maps::backend(index).ok_or(Reason::Internal)?;
     let address = address_of(backend, packet.family);
     // One value serves both entries, first the reverse one: stack is scarce.
@@ -177,7 +167,8 @@ fn open(config: &Config, packet: &Packet, policy: Policy) -> Result<Tuple, Reaso
     flow.port_be = vip.target_port_be;
     flow.client_port_be = key.dport_be;
     if Table::Recent.put(&packet.key, &flow) {
-        Ok(translated(config, packet, &flow))
+        packet.to = flow::translated(config, &packet.key, &flow);
+        Ok(())
     } else {
         Err(Reason::Internal)
     }
@@ -227,25 +218,29 @@ fn pick_backend(family: Family, hash: u32, vip: &Vip) -> Result<u32, Reason> {
     Err(Reason::NoBackend)
 }
 
-/// What a policy hashes: the whole flow, or only its source for `sticky`.
-#[inline(always)]
-fn hash_tuple(packet: &Packet, policy: Policy) -> HashTuple {
+/// The hash of a flow: of all of its tuple.
+#[inline(never)]
+fn hash_flow(config: &Config, packet: &Packet) -> u32 {
     let key = &packet.key;
-    let src = halves(&key.src);
-    if policy == Policy::Sticky {
-        return HashTuple {
-            src,
-            dst: [0; 2],
-            ports_proto: 0,
-        };
-    }
-    HashTuple {
-        src,
+    let tuple = HashTuple {
+        src: halves(&key.src),
         dst: halves(&key.dst),
         ports_proto: u64::from(u16::from_be(key.sport_be)) << 32
             | u64::from(u16::from_be(key.dport_be)) << 16
             | u64::from(key.proto),
-    }
+    };
+    pick::flow_hash(&tuple, config.seed)
+}
+
+/// The hash that `sticky` picks by: of the source alone.
+#[inline(never)]
+fn hash_source(config: &Config, packet: &Packet) -> u32 {
+    let tuple = HashTuple {
+        src: halves(&packet.key.src),
+        dst: [0; 2],
+        ports_proto: 0,
+    };
+    pick::flow_hash(&tuple, config.seed)
 }
 
 /// An address as [`HashTuple`] wants it: two words in host byte order, IPv4 in the low half of the second.

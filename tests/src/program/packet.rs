@@ -114,6 +114,12 @@ impl Packet {
         }
     }
 
+    /// Source and destination of what answers this.
+    #[must_use]
+    pub fn mirrored_ends(&self) -> ((IpAddr, u16), (IpAddr, u16)) {
+        ((self.dst, self.dport), (self.src, self.sport))
+    }
+
     /// TCP's flags; panics for another protocol.
     #[must_use]
     pub fn flags(&self) -> u8 {
