@@ -31,6 +31,14 @@ impl Tally {
         self.failed == 0 && self.passed > 0
     }
 
+    /// One check that is not a cargo test.
+    pub(crate) fn of(result: &Result<()>) -> Self {
+        Self {
+            passed: u32::from(result.is_ok()),
+            failed: u32::from(result.is_err()),
+        }
+    }
+
     /// The count in a line of libtest, `test result: ok. 3 passed; 0 failed; ...`.
     fn parse(line: &str) -> Option<Self> {
         let rest = line.strip_prefix("test result: ")?;

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, check, host};
+use crate::{bench, check, demo, ebpf, host};
 
 /// Builds, tests, measures and shows Weft.
 #[derive(Debug, Parser)]
@@ -16,15 +16,26 @@ pub(crate) struct Xtask {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Everything that CI runs; the last line is the count.
-    Test,
+    Test(TestArgs),
     /// Format, lints, golden files and the dependency rule; never writes into the source.
     Verify,
     /// Puts right what `verify` finds and a tool can: format, lints, golden files.
     Fix,
     /// The tests that need root, each in network namespaces of its own.
     Netns(FilterArgs),
+    /// Rebuilds the kernel programs' object, and the toolchain for it where it is missing.
+    Ebpf,
+    /// Builds Weft and shows it whole on this machine, each claim checked.
+    Demo(demo::DemoArgs),
     /// Measures against peers in one run.
     Bench(bench::BenchArgs),
+}
+
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Leaves the demo out.
+    #[arg(long)]
+    quick: bool,
 }
 
 #[derive(Debug, Args)]
@@ -37,23 +48,32 @@ impl Xtask {
     /// Runs the command that was asked for.
     pub(crate) fn run(self) -> Result<()> {
         match self.command {
-            Command::Test => test(),
+            Command::Test(args) => test(&args),
             Command::Verify => check::verify(),
             Command::Fix => check::fix(),
             Command::Netns(args) => {
                 host::check(host::Needs::NETWORK)?;
                 finish(check::netns(args.filter.as_deref())?)
             }
+            Command::Ebpf => ebpf::rebuild(),
+            Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
         }
     }
 }
 
-fn test() -> Result<()> {
+fn test(args: &TestArgs) -> Result<()> {
     host::check(host::Needs::NETWORK)?;
     check::verify()?;
     let mut tally = check::unit()?;
     tally += check::netns(None)?;
+    if !args.quick {
+        let shown = demo::run(&demo::DemoArgs::default());
+        if let Err(error) = &shown {
+            println!("the demo: {error:#}");
+        }
+        tally += check::Tally::of(&shown);
+    }
     finish(tally)
 }
 

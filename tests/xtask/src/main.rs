@@ -5,6 +5,8 @@ mod bench;
 mod build;
 mod check;
 mod command;
+mod demo;
+mod ebpf;
 mod host;
 
 use std::process::ExitCode;
