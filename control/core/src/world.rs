@@ -1,7 +1,7 @@
 //! A small mesh for tests: agents that do what their assignments say, nodes that apply their tables.
 //!
 //! One step is a second, unless a test says otherwise: agents act and report, the leader plans, all of it goes through the log. Two
-//! replicas are kept, one of which is stored and loaded again after every entry (I1), and after every entry it
+//! replicas are kept, one of which is stored and loaded again now and then (I1), and after every entry it
 //! is checked that no slot has two live bindings (I7) and no address two services (I2).
 
 use std::{
@@ -230,8 +230,10 @@ impl World {
         let text = serde_json::to_string(&batch).unwrap();
         let logged: Batch = serde_json::from_str(&text).unwrap();
         assert_eq!(self.replica.apply(self.index, &logged), outcomes);
-        let snapshot = serde_json::to_string(&self.replica).unwrap();
-        self.replica = serde_json::from_str(&snapshot).unwrap();
+        if self.index.is_multiple_of(16) {
+            let snapshot = serde_json::to_string(&self.replica).unwrap();
+            self.replica = serde_json::from_str(&snapshot).unwrap();
+        }
         assert_eq!(self.kb, self.replica, "I1");
         check_one_live_binding(&self.kb);
         self.check_vips();

@@ -133,6 +133,9 @@ impl View<'_> {
             return vec![Unfit::Unknown];
         };
         let mut reasons = self.standing(slot, name, held);
+        if matches!(reasons[..], [Unfit::Unknown | Unfit::Lost]) {
+            return reasons;
+        }
         self.constraints(goal, name, &mut reasons);
         if held == Held::New {
             self.capacity(goal, name, &mut reasons);
