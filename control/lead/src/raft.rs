@@ -115,7 +115,7 @@ pub enum StartError {
     },
     /// The timers contradict each other.
     #[error("the raft timers do not serve")]
-    Timers(#[source] openraft::ConfigError),
+    Timers(#[source] Box<openraft::ConfigError>),
     /// The data is of another lead.
     #[error(
         "{dir} holds the data of lead {found:?}, not of {name:?}: start with the right --data, or with --name {found}"
@@ -215,7 +215,7 @@ fn own_id(
     Ok(*id)
 }
 
-fn config(timers: Timers) -> Result<Config, openraft::ConfigError> {
+fn config(timers: Timers) -> Result<Config, Box<openraft::ConfigError>> {
     Config {
         cluster_name: "weft".to_owned(),
         heartbeat_interval: timers.heartbeat_ms,
@@ -227,4 +227,5 @@ fn config(timers: Timers) -> Result<Config, openraft::ConfigError> {
         ..Config::default()
     }
     .validate()
+    .map_err(Box::new)
 }

@@ -1,4 +1,5 @@
 //! Three leads in one process, over real TLS on the loopback.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod mesh;
 
@@ -94,68 +95,65 @@ async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
     mesh.end().await;
 }
 
+struct Case<'a> {
+    ask: &'a str,
+    body: &'a str,
+    status: u16,
+    parts: &'a [&'a str],
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refusal_names_the_field_the_value_and_the_way_out() {
     let mesh = TestMesh::start(&["a"]).await;
     mesh.leader().await;
     let bad_unit = goal("one").replace("100m", "100x");
-    let cases: [(&str, &str, Option<&str>, StatusCode, &[&str]); 7] = [
-        (
-            "POST",
-            "/v1/applications",
-            Some(&bad_unit),
-            StatusCode::BAD_REQUEST,
+    let case = |ask, body, status, parts| Case {
+        ask,
+        body,
+        status,
+        parts,
+    };
+    let cases = [
+        case(
+            "POST /v1/applications",
+            &bad_unit,
+            400,
             &["100x", "cpu", "\"line\":"],
         ),
-        (
-            "POST",
-            "/v1/applications",
-            Some("{"),
-            StatusCode::BAD_REQUEST,
-            &["error"],
-        ),
-        (
-            "DELETE",
-            "/v1/applications/shop/none",
-            None,
-            StatusCode::NOT_FOUND,
+        case("POST /v1/applications", "{", 400, &["error"]),
+        case(
+            "DELETE /v1/applications/shop/none",
+            "",
+            404,
             &["no application shop/none", "weft get applications"],
         ),
-        (
-            "GET",
-            "/v1/explain/shop/none/web",
-            None,
-            StatusCode::NOT_FOUND,
+        case(
+            "GET /v1/explain/shop/none/web",
+            "",
+            404,
             &["no service shop/none/web", "hint"],
         ),
-        (
-            "POST",
-            "/v1/migrations",
-            Some(r#"{"slot":"web","to":"edge"}"#),
-            StatusCode::BAD_REQUEST,
+        case(
+            "POST /v1/migrations",
+            r#"{"slot":"web","to":"edge"}"#,
+            400,
             &["\"field\":\"slot\"", "\"value\":\"web\""],
         ),
-        (
-            "GET",
-            "/v1/nothing",
-            None,
-            StatusCode::NOT_FOUND,
+        case(
+            "GET /v1/nothing",
+            "",
+            404,
             &["/v1/nothing", "/openapi.json"],
         ),
-        (
-            "GET",
-            "/v1/nodes?consistent=perhaps",
-            None,
-            StatusCode::BAD_REQUEST,
-            &["consistent"],
-        ),
+        case("GET /v1/nodes?consistent=perhaps", "", 400, &["consistent"]),
     ];
-    for (method, path, body, want, parts) in cases {
-        let (status, text) = mesh.ask("a", method, path, body.unwrap_or_default()).await;
-        assert_eq!(status, want, "{method} {path}: {text}");
+    for case in cases {
+        let (method, path) = case.ask.split_once(' ').unwrap();
+        let (status, text) = mesh.ask("a", method, path, case.body).await;
+        assert_eq!(status.as_u16(), case.status, "{}: {text}", case.ask);
         serde_json::from_str::<Problem>(&text).unwrap();
-        for part in parts {
-            assert!(text.contains(part), "{method} {path}: {part:?} in {text}");
+        for part in case.parts {
+            assert!(text.contains(part), "{}: {part:?} in {text}", case.ask);
         }
     }
     let (status, text) = mesh.ask_as("agent", "a", "GET", "/v1/status").await;
