@@ -27,10 +27,26 @@ mod capture;
 mod machine;
 
 use capture::Capture;
-use machine::{Machine, connected, exchange, listen, stream};
+use machine::{Machine, connected, connected_by, exchange, listen, stream};
 
 /// Handshake and first bytes take some ms on an idle machine.
 const SOON: Duration = Duration::from_secs(10);
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn what_the_kernel_has_carries_both_families_and_the_trial_leaves_nothing() {
+    let (mut a, mut b) = connected_by("kernel", None);
+    let kind = a.ensure().unwrap().kind;
+    println!("this kernel's tunnels: {kind:?}");
+    assert_eq!(b.ensure().unwrap().kind, kind);
+    for (from, to) in [(a.addr4(), b.addr4()), (a.addr6(), b.addr6())] {
+        exchange((&a, from), (&b, to), b"by whatever carries it").unwrap();
+    }
+    let links = a.netns.ip("-brief link").unwrap();
+    assert_eq!(links.lines().count(), 3, "lo, eth0 and the tunnel: {links}");
+    a.remove().unwrap();
+    assert!(a.netns.ip(&format!("link show {}", a.device)).is_err());
+}
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]

@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -220,6 +221,7 @@ impl Supervisor {
         })?;
         // A file, not the daemon's own output: a pipe would break with the daemon.
         let child = Command::new(program)
+            .arg0("weft-netmanager")
             .arg("tunnel")
             .args(["--name", name])
             .arg("--state")

@@ -62,9 +62,19 @@ pub(crate) struct Machine {
 
 /// Two machines whose tunnels know each other, with addresses and routes for both families.
 pub(crate) fn connected(label: &str) -> (Machine, Machine) {
+    connected_by(label, Some(Kind::Userspace))
+}
+
+/// As [`connected`], carried by `kind`.
+pub(crate) fn connected_by(label: &str, kind: Option<Kind>) -> (Machine, Machine) {
     let (here, there) = pair(label).unwrap();
-    let mut a = Machine::new(here, 1, "192.0.2.1");
-    let mut b = Machine::new(there, 2, "192.0.2.2");
+    let [mut a, mut b] =
+        [(here, 1, "192.0.2.1"), (there, 2, "192.0.2.2")].map(|(netns, number, underlay)| {
+            let mut machine = Machine::prepare(netns, number, underlay, &unique());
+            machine.set_kind(kind);
+            machine.start();
+            machine
+        });
     a.apply_peer(&b).unwrap();
     b.apply_peer(&a).unwrap();
     a.routes_to(&b);
@@ -76,10 +86,12 @@ impl Machine {
     /// A machine with a running tunnel without peers.
     pub(crate) fn new(netns: Netns, number: u32, underlay: &str) -> Self {
         let mut machine = Self::prepare(netns, number, underlay, &unique());
-        let device = machine.ensure().unwrap();
-        assert_eq!(device.kind, Kind::Userspace);
-        machine.port = device.port;
+        machine.start();
         machine
+    }
+
+    fn start(&mut self) {
+        self.port = self.ensure().unwrap().port;
     }
 
     /// A machine whose tunnel is not started yet.
@@ -115,7 +127,16 @@ impl Machine {
 
     pub(crate) fn set_port(&mut self, port: u16) {
         self.config.port = port;
-        self.wireguard = WireGuard::open(self.config.clone()).unwrap();
+        self.restart_daemon();
+    }
+
+    fn set_kind(&mut self, kind: Option<Kind>) {
+        self.config.kind = kind;
+        // Opened inside: the kernel is asked by making a link.
+        self.wireguard = self
+            .netns
+            .run(|| WireGuard::open(self.config.clone()))
+            .unwrap();
     }
 
     pub(crate) fn port(&mut self) -> u16 {
