@@ -20,7 +20,7 @@ use rustls_pki_types::ServerName;
 use tokio::{
     net::TcpStream,
     sync::{mpsc, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_rustls::{TlsConnector, rustls::ClientConfig};
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +35,8 @@ const STEADY: Duration = Duration::from_secs(10);
 const KNOCK: Duration = Duration::from_secs(5);
 /// An agent that does not answer a ping for this long is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A node that says nothing new says its measurements again: an agent takes one that is silent for dead.
+const REPEAT: Duration = Duration::from_secs(1);
 /// The largest table, bytes; 10,000 services with ten backends each stay below.
 const MAX_MESSAGE: usize = 256 << 20;
 
@@ -177,6 +179,8 @@ async fn session(
         .map_err(ended)?
         .into_inner();
     tracing::info!(agent = agent.address, "following the agent");
+    let mut repeats = interval(REPEAT);
+    repeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             answer = answers.message() => match answer.map_err(ended)? {
@@ -193,6 +197,10 @@ async fn session(
                     return Ok(());
                 }
                 say_changes(&sender, &mut sent, &now).await;
+            }
+            _ = repeats.tick() => {
+                // A full channel has words in it already; a closed one ends with the answers.
+                let _ = sender.try_send(FromNode::Measured(sent.measured.clone()));
             }
             () = tables.closed() => return Ok(()),
         }
