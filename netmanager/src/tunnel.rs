@@ -114,12 +114,13 @@ pub enum TunnelError {
         source: io::Error,
     },
     /// The socket cannot be bound.
-    #[error("failed to listen on UDP port {port}: {reason}")]
+    #[error("failed to listen on UDP port {port}")]
     Listen {
         /// The port.
         port: u16,
         /// Why.
-        reason: String,
+        #[source]
+        source: gotatun::device::Error,
     },
     /// It ran and then lost its device.
     #[error("the tunnel lost its device")]
@@ -195,9 +196,9 @@ async fn carry(options: &Options, key: &PrivateKey) -> Result<(), TunnelError> {
     let (reader, writer, mut writing) = tun::open(&options.name, options.mtu)
         .map_err(system(format!("make the TUN device {}", options.name)))?;
     let (client, server) = UapiServer::new();
-    let listen = |error: gotatun::device::Error| TunnelError::Listen {
+    let listen = |source| TunnelError::Listen {
         port: options.port,
-        reason: error.to_string(),
+        source,
     };
     let device = DeviceBuilder::new()
         .with_udp(udp::Udp)

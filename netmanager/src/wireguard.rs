@@ -21,6 +21,7 @@ use crate::tunnel::SupervisorError;
 
 mod device;
 pub mod key;
+mod link;
 pub mod peers;
 
 pub use device::WireGuard;

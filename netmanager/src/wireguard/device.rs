@@ -7,10 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags};
-use rtnetlink::LinkUnspec;
 use wireguard_control::{
     AllowedIp, Backend, Device as WgDevice, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder,
     PeerInfo, backends,
@@ -19,9 +16,10 @@ use wireguard_control::{
 use super::{
     Config, Device, Kind, PeerReport, Report, Tunnels, TunnelsError,
     key::{PrivateKey, PublicKey},
+    link,
     peers::{PeerOp, WantedPeer, canonical, diff},
 };
-use crate::tunnel::{Launch, Supervisor, key_path, socket_path, without_link_local};
+use crate::tunnel::{Launch, Supervisor, key_path, socket_path};
 
 /// How long one question to the device may take; it answers within a millisecond.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -67,7 +65,7 @@ impl WireGuard {
             Some(kind) => kind,
             // What carries traffic now goes on carrying it.
             None if supervisor.is_alive()? => Kind::Userspace,
-            None if kernel_has_wireguard()? => Kind::Kernel,
+            None if link::kernel_has_wireguard()? => Kind::Kernel,
             None => Kind::Userspace,
         };
         tracing::info!(name = config.name, ?kind, key = %key.public(), "tunnels are chosen");
@@ -180,56 +178,6 @@ impl WireGuard {
         }
     }
 
-    /// Sets the link up with its MTU where it is not, and returns its index and MTU.
-    async fn ensure_link(&self) -> Result<(u32, u32), TunnelsError> {
-        let link_failed = |action| {
-            let name = self.config.name.clone();
-            move |source| TunnelsError::Link {
-                action,
-                name,
-                source: Box::new(source),
-            }
-        };
-        let (connection, handle, _) =
-            rtnetlink::new_connection().map_err(self.failed("open netlink for"))?;
-        let connection = tokio::spawn(connection);
-        let result = async {
-            let mut links = handle
-                .link()
-                .get()
-                .match_name(self.config.name.clone())
-                .execute();
-            let link = links
-                .try_next()
-                .await
-                .map_err(link_failed("find"))?
-                .ok_or_else(|| self.failed("find")(io::ErrorKind::NotFound.into()))?;
-            let index = link.header.index;
-            let up = link.header.flags.contains(LinkFlags::Up);
-            let mtu = link
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-            let want = u32::from(self.config.mtu);
-            if !up || mtu != Some(want) {
-                without_link_local(&self.config.name);
-                handle
-                    .link()
-                    .change(LinkUnspec::new_with_index(index).mtu(want).up().build())
-                    .execute()
-                    .await
-                    .map_err(link_failed("set up"))?;
-            }
-            Ok((index, want))
-        }
-        .await;
-        connection.abort();
-        result
-    }
-
     async fn describe(&self, device: &WgDevice) -> Result<Device, TunnelsError> {
         let public_key = self.key.public();
         let found = device.public_key.as_ref();
@@ -240,7 +188,7 @@ impl WireGuard {
                 ours: public_key,
             });
         }
-        let (ifindex, mtu) = self.ensure_link().await?;
+        let (ifindex, mtu) = link::up(&self.config.name, self.config.mtu).await?;
         Ok(Device {
             name: self.config.name.clone(),
             kind: self.kind,
@@ -360,33 +308,6 @@ fn update(ops: &[PeerOp]) -> DeviceUpdate {
             update.add_peer(peer)
         }
     })
-}
-
-/// Whether the kernel makes WireGuard links: one is made under a name of our own and removed again.
-fn kernel_has_wireguard() -> Result<bool, TunnelsError> {
-    let text = format!("weft-try{:x}", std::process::id());
-    let name: InterfaceName = text.parse().expect("8 characters and at most 6 hex digits");
-    let failed = |action| {
-        let name = text.clone();
-        move |source| TunnelsError::Device {
-            action,
-            name,
-            source,
-        }
-    };
-    match DeviceUpdate::new().apply(&name, Backend::Kernel) {
-        Ok(()) => {
-            backends::kernel::delete_interface(&name).map_err(failed("remove the trial"))?;
-            Ok(true)
-        }
-        Err(error) if is_unknown_kind(&error) => Ok(false),
-        Err(error) => Err(failed("try")(error)),
-    }
-}
-
-/// Whether the kernel knows no link of that kind (`EOPNOTSUPP`), rather than refuses to make one.
-fn is_unknown_kind(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
 #[cfg(test)]
