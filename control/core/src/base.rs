@@ -38,6 +38,10 @@ mod tests;
 pub const DRAIN_MS: u64 = 10_000;
 /// How long an instance may take to stop, milliseconds.
 pub const STOP_GRACE_MS: u64 = 5_000;
+/// The last time and the last epoch that there are: far away, and far from where sums of them end.
+const LAST: u64 = 1 << 53;
+/// How long a cluster is not tried again for a service that did not become ready there, milliseconds.
+const BARRED_MS: u64 = 600_000;
 /// How long IPv4 numbers and blocks rest after use (DESIGN section 3), milliseconds.
 pub const REST_MS: u64 = 600_000;
 
@@ -162,8 +166,17 @@ pub struct Service {
     pub template: Template,
     /// Why it is where it is: the last decision about one of its slots.
     pub decision: Option<Decision>,
-    /// Clusters that refused to run it in this generation, and why.
-    pub refused_by: BTreeMap<Name, String>,
+    /// Clusters that are not tried in this generation.
+    pub refused_by: BTreeMap<Name, RefusedBy>,
+}
+
+/// Why a cluster is not tried for a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedBy {
+    /// In the cluster's words, or what was seen.
+    pub reason: String,
+    /// Log time from which it is tried again; `None`: not in this generation.
+    pub until_ms: Option<u64>,
 }
 
 /// What an instance runs; a change of it makes a new instance.
@@ -246,7 +259,7 @@ impl KnowledgeBase {
     /// Carries out one entry of the log; one outcome per command, in order.
     pub fn apply(&mut self, index: u64, entry: &Batch) -> Vec<Outcome> {
         self.index = self.index.max(index);
-        self.log_time_ms = self.log_time_ms.max(entry.log_time_ms);
+        self.log_time_ms = self.log_time_ms.max(entry.log_time_ms.min(LAST));
         let outcomes = entry
             .commands
             .iter()

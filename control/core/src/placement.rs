@@ -64,6 +64,16 @@ pub struct Decision {
     pub lower_bound: u64,
 }
 
+impl Decision {
+    /// How far the objective may be from the best one, in thousandths of it: 0 means that it is the best.
+    #[must_use]
+    pub fn gap_permille(&self) -> u64 {
+        let gap = u128::from(self.objective.saturating_sub(self.lower_bound)) * 1000;
+        let permille = gap.checked_div(u128::from(self.objective)).unwrap_or(0);
+        u64::try_from(permille).unwrap_or(1000)
+    }
+}
+
 /// Why a cluster lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

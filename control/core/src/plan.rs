@@ -155,13 +155,16 @@ fn place_application(
                 Some((_, binding)) => match broken(kb, inputs, binding, now_ms) {
                     None => {
                         let service = kb.services.get(&slot.service);
-                        if service.is_some_and(|s| s.template != binding.template) {
+                        if service.is_some_and(|s| s.template != binding.template)
+                            && !just_rolled_back(kb, &slot, state, now_ms)
+                        {
                             outdated.push(slot.clone());
                         }
                         let rested = now_ms.saturating_sub(binding.since_ms) >= COOL_DOWN_MS;
                         let goal_is_newer = binding.since_ms < state.changed_ms
                             || binding.generation < state.generation;
-                        let ready = binding.phase == Phase::Ready;
+                        let ready = binding.phase == Phase::Ready
+                            && !just_rolled_back(kb, &slot, state, now_ms);
                         if ready
                             && binding.template.writers == Writers::Many
                             && (rested || goal_is_newer)
@@ -229,6 +232,15 @@ fn place_application(
         })));
     }
     commands
+}
+
+/// Whether the slot's last move came to nothing, and neither time nor its owner has changed anything since.
+fn just_rolled_back(kb: &KnowledgeBase, slot: &Slot, state: &AppState, now_ms: u64) -> bool {
+    kb.migrations.get(slot).is_some_and(|migration| {
+        migration.state == State::RolledBack
+            && migration.state_since_ms >= state.changed_ms
+            && now_ms.saturating_sub(migration.state_since_ms) < COOL_DOWN_MS
+    })
 }
 
 /// Where the new version of a slot starts: where the old one runs if there is room for both, else in the

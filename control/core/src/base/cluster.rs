@@ -6,7 +6,8 @@ use ebpf_common::addr::{BLOCK4_LEN, BLOCK4_SIZE, Mesh4, Mesh6, Name4};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    Binding, BindingState, Cluster, ClusterState, KnowledgeBase, Mesh, Node, REST_MS, numbers::Rest,
+    Binding, BindingState, Cluster, ClusterState, KnowledgeBase, LAST, Mesh, Node, REST_MS,
+    RefusedBy, numbers::Rest,
 };
 use crate::{
     command::{Applied, Outcome, Refusal},
@@ -17,6 +18,9 @@ use crate::{
 /// How long a /27 block must be unused before it is given back, milliseconds: longer than a pod takes to
 /// restart.
 const BLOCK_IDLE_MS: u64 = 60_000;
+
+/// From what a busy network can hold to what a user can wait for, milliseconds.
+const LEASE_MS: std::ops::RangeInclusive<u64> = 500..=3_600_000;
 
 impl Mesh {
     /// The IPv6 space; `None` for prefixes that [`KnowledgeBase::apply`] does not accept.
@@ -75,6 +79,11 @@ impl KnowledgeBase {
                 "prefix4",
                 format!("{prefix} is not a /12 to /16 without host bits"),
             );
+        }
+        if !LEASE_MS.contains(&mesh.lease_ms) {
+            let (least, most) = (LEASE_MS.start(), LEASE_MS.end());
+            let problem = format!("{} is out of range: use {least} to {most}", mesh.lease_ms);
+            return bad("lease_ms", problem);
         }
         self.mesh = Some(mesh.clone());
         self.next_epoch = self.next_epoch.max(1);
@@ -288,7 +297,9 @@ impl KnowledgeBase {
 
     fn report_instance(&mut self, cluster: &Name, report: &InstanceReport) {
         let id = &report.id;
-        self.next_epoch = self.next_epoch.max(id.epoch.saturating_add(1));
+        if id.epoch < LAST {
+            self.next_epoch = self.next_epoch.max(id.epoch + 1);
+        }
         if report.phase == Phase::Stopped
             && let Some(owed) = self.owed_stops.get_mut(cluster)
         {
@@ -330,9 +341,11 @@ impl KnowledgeBase {
         if report.phase == Phase::Refused
             && let Some(service) = self.services.get_mut(&slot.service)
         {
-            service
-                .refused_by
-                .insert(cluster.clone(), report.reason.clone());
+            let refused = RefusedBy {
+                reason: report.reason.clone(),
+                until_ms: None,
+            };
+            service.refused_by.insert(cluster.clone(), refused);
         }
         if changed {
             self.touch_tables();

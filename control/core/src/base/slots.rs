@@ -3,7 +3,10 @@
 //! Whatever was proposed is rechecked here against the state at hand: session, generation, the live epoch,
 //! booked capacity and every hard constraint. A conflict fails that one command.
 
-use super::{Binding, BindingState, ClusterState, DRAIN_MS, KnowledgeBase, STOP_GRACE_MS, Service};
+use super::{
+    BARRED_MS, Binding, BindingState, ClusterState, DRAIN_MS, KnowledgeBase, RefusedBy,
+    STOP_GRACE_MS, Service,
+};
 use crate::{
     command::{Applied, Bind, Outcome, Refusal, StartMigration},
     goal::Writers,
@@ -45,6 +48,7 @@ impl KnowledgeBase {
         }
         self.eligible(slot, &bind.cluster)?;
         if let Some(epoch) = current {
+            self.bar_if_not_ready(slot, epoch);
             self.stop_binding(slot, epoch);
         }
         let epoch = self.next_epoch;
@@ -54,6 +58,25 @@ impl KnowledgeBase {
             service.decision = Some(bind.decision.clone());
         }
         Ok(Applied::Bound { epoch })
+    }
+
+    /// A slot that leaves a reachable cluster because it did not become ready there does not come back soon:
+    /// what fails everywhere visits each cluster once, and not in turns.
+    fn bar_if_not_ready(&mut self, slot: &Slot, epoch: u64) {
+        let until_ms = Some(self.log_time_ms + BARRED_MS);
+        let Some(binding) = self.slots.get(slot).and_then(|b| b.get(&epoch)) else {
+            return;
+        };
+        let cluster = binding.cluster.clone();
+        let failed = matches!(binding.phase, Phase::NotReady | Phase::Starting);
+        if failed
+            && !self.is_lost(&cluster)
+            && let Some(service) = self.services.get_mut(&slot.service)
+        {
+            let reason = "it did not become ready there".to_owned();
+            let refused = RefusedBy { reason, until_ms };
+            service.refused_by.entry(cluster).or_insert(refused);
+        }
     }
 
     pub(super) fn start_migration(&mut self, start: &StartMigration) -> Outcome {

@@ -38,8 +38,8 @@ pub enum Unfit {
         /// Its age, milliseconds.
         age_ms: u64,
     },
-    /// It refused to run the service in this generation.
-    #[error("refused by the cluster: {0}")]
+    /// It refused to run the service, or the service did not become ready there.
+    #[error("refused here: {0}")]
     Refused(String),
     /// It is of another tier.
     #[error("tier: needs {need}, is {is}")]
@@ -161,8 +161,10 @@ impl View<'_> {
                 reasons.push(Unfit::Stale { age_ms });
             }
             let service = self.kb.services.get(&slot.service);
-            if let Some(why) = service.and_then(|service| service.refused_by.get(name)) {
-                reasons.push(Unfit::Refused(why.clone()));
+            if let Some(refused) = service.and_then(|service| service.refused_by.get(name))
+                && refused.until_ms.is_none_or(|until| self.now_ms < until)
+            {
+                reasons.push(Unfit::Refused(refused.reason.clone()));
             }
         }
         reasons

@@ -82,9 +82,12 @@ impl View<'_> {
             + if held == Held::New { cpu_milli } else { 0 };
         let permille = (booked * 1000)
             .checked_div(u128::from(room.capacity.cpu_milli))
-            .unwrap_or(1000);
-        let micro_grams_h =
-            cpu_milli * u128::from(facts.cpu_power_mw) * u128::from(facts.carbon_g_kwh) / 1000;
+            .unwrap_or(1000)
+            .min(1000);
+        let micro_grams_h = cpu_milli
+            .saturating_mul(u128::from(facts.cpu_power_mw))
+            .saturating_mul(u128::from(facts.carbon_g_kwh))
+            / 1000;
         let cpu = cpu_milli * u128::from(facts.cpu_price_ueur_h) / 1000;
         let memory =
             (u128::from(goal.requests.memory.get()) * u128::from(facts.memory_price_ueur_h)) >> 30;
@@ -98,7 +101,10 @@ impl View<'_> {
             .sum::<u128>()
             / u128::from(goal.replicas.max(1));
         Parts {
-            energy: weigh(micro_grams_h * GRAM_UEUR / 1_000_000, rates.energy),
+            energy: weigh(
+                micro_grams_h.saturating_mul(GRAM_UEUR) / 1_000_000,
+                rates.energy,
+            ),
             cost: weigh(cpu + memory, rates.cost),
             latency: weigh(waiting_us * WAITING_UEUR_H / 1_000_000, rates.latency),
             performance: weigh(
@@ -145,7 +151,10 @@ impl View<'_> {
         let bytes_h = link.bandwidth.map_or(0, |b| u128::from(b.as_bps()) * 450);
         Parts {
             energy: 0,
-            cost: weigh((bytes_h * egress_sum / pairs) >> 30, rates.cost),
+            cost: weigh(
+                (bytes_h.saturating_mul(egress_sum) / pairs) >> 30,
+                rates.cost,
+            ),
             latency: weigh(
                 u128::from(link.rate) * rtt_sum * WAITING_UEUR_H / pairs / 1_000_000,
                 rates.latency,

@@ -132,7 +132,7 @@ fn what_a_cluster_refuses_is_bound_elsewhere_until_the_next_generation() {
     world.settle();
     assert_eq!(world.backends("default/shop/front"), ["fog"]);
     let explained = placement::explain(&world.kb, &service("default/shop/front"), world.now_ms);
-    let reason = vec!["refused by the cluster: no such program".to_owned()];
+    let reason = vec!["refused here: no such program".to_owned()];
     assert_eq!(explained[0].now[&name("cloud")], Verdict::Refused(reason));
     world.agent("cloud").refuses.clear();
     world
@@ -320,4 +320,41 @@ fn a_node_that_is_not_ready_is_not_waited_for() {
     let state = world.kb.migrations[&slot("default/shop/front#0")].state;
     assert_ne!(state, State::Starting);
     assert!(!matches!(state, State::Repointing { .. }), "{state:?}");
+}
+
+#[test]
+fn what_is_ready_nowhere_visits_each_cluster_once_and_not_in_turns() {
+    let mut world = shop();
+    for cluster in ["cloud", "fog", "edge"] {
+        let front = "default/shop/front".to_owned();
+        world.agent(cluster).mute.insert(front);
+    }
+    world.run(60);
+    let epoch = world.kb.live(&slot("default/shop/front#0")).unwrap().0;
+    world.run(200);
+    let (after, binding) = world.kb.live(&slot("default/shop/front#0")).unwrap();
+    assert_eq!(
+        after, epoch,
+        "it stays, and is restarted, where it was tried last"
+    );
+    assert_eq!(binding.phase, Phase::NotReady);
+}
+
+#[test]
+fn a_move_that_was_rolled_back_is_not_tried_again_at_once() {
+    let mut world = shop();
+    world
+        .agent("edge")
+        .mute
+        .insert("default/shop/front".to_owned());
+    world
+        .apply(&SHOP.replace("{ cost: 1 }", "{ latency: 1 }"))
+        .unwrap();
+    world.run(75);
+    let moved = slot("default/shop/front#0");
+    let first = world.kb.migrations[&moved].clone();
+    assert_eq!(first.state, State::RolledBack);
+    world.run(100);
+    assert_eq!(world.kb.migrations[&moved], first);
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
 }
