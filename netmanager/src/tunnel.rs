@@ -193,7 +193,7 @@ async fn carry(options: &Options, key: &PrivateKey) -> Result<(), TunnelError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(system("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("handle SIGINT"))?;
     let door = uapi::Door::open(&options.name).await?;
-    let (reader, writer, mut writing) = tun::open(&options.name, options.mtu)
+    let mut tun = tun::open(&options.name, options.mtu)
         .map_err(system(format!("make the TUN device {}", options.name)))?;
     let (client, server) = UapiServer::new();
     let listen = |source| TunnelError::Listen {
@@ -202,7 +202,7 @@ async fn carry(options: &Options, key: &PrivateKey) -> Result<(), TunnelError> {
     };
     let device = DeviceBuilder::new()
         .with_udp(udp::Udp)
-        .with_ip_pair(writer, reader)
+        .with_ip_pair(tun.writer, tun.reader)
         .with_private_key(StaticSecret::from(key.bytes()))
         .with_listen_port(options.port)
         .with_uapi(server)
@@ -218,7 +218,7 @@ async fn carry(options: &Options, key: &PrivateKey) -> Result<(), TunnelError> {
         () = door.serve(Arc::clone(&device), client) => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-        end = &mut writing => {
+        end = tun.tasks.join_next() => {
             tracing::error!(?end, "the TUN device is gone");
             Err(TunnelError::Lost)
         }
@@ -227,7 +227,7 @@ async fn carry(options: &Options, key: &PrivateKey) -> Result<(), TunnelError> {
     if let Some(device) = Arc::into_inner(device) {
         device.stop().await;
     }
-    writing.abort();
+    tun.tasks.shutdown().await;
     tracing::info!(name = options.name, "the tunnel is down");
     ended
 }

@@ -190,6 +190,22 @@ fn a_tunnel_that_moves_to_another_port_keeps_its_sessions() {
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_tunnel_follows_its_devices_mtu_to_jumbo_packets() {
+    let (mut a, mut b) = connected("jumbo");
+    for machine in [&mut a, &mut b] {
+        machine.netns.ip("link set eth0 mtu 9000").unwrap();
+        machine.set_mtu(8920);
+        assert_eq!(machine.ensure().unwrap().mtu, 8920);
+    }
+    let listener = listen(&b, b.addr4());
+    wait_for("packets of the new size pass", SOON, || {
+        let mut connection = stream(&a, a.addr4(), listener.address).ok()?;
+        connection.round(&[7; 100_000]).ok()
+    });
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn a_removed_tunnel_leaves_no_device_and_no_socket() {
     let (here, _there) = pair("remove").unwrap();
     let mut a = Machine::new(here, 1, "192.0.2.1");

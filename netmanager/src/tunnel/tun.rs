@@ -10,13 +10,16 @@
 //! finishes both. A packet that cannot be split is dropped and counted; it never ends the tunnel, because
 //! a pod could send one. Only the kernel's own error on read or write does.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
 use gotatun::{
     packet::{Ip, Packet, PacketBufPool},
     tun::{IpRecv, IpSend, MtuWatcher},
 };
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 use tun_rs::{AsyncDevice, DeviceBuilder, ExpandBuffer, GROTable, Layer, VIRTIO_NET_HDR_LEN};
 
 use super::{BUFFER, POOL_BUFFERS, PacketPool};
@@ -31,15 +34,22 @@ const TRAIN: usize = VIRTIO_NET_HDR_LEN + 65_535;
 /// Queue between decryption and the writer: two batches, so that one fills while the other is written.
 const QUEUE: usize = 2 * BATCH;
 
-/// Makes the device `name`, up, with `mtu`; returns its reading and writing side and the writer's task,
-/// which ends only when the device is gone.
+/// How often the device is asked for its MTU: the daemon changes it when the underlay's changes.
+const MTU_LOOK: Duration = Duration::from_secs(3);
+
+/// An open device: what gotatun reads from and writes to, and the tasks behind them, which end only when the
+/// device is gone.
+pub(super) struct Tun {
+    pub(super) reader: TunReader,
+    pub(super) writer: TunWriter,
+    pub(super) tasks: JoinSet<io::Result<()>>,
+}
+
+/// Makes the device `name`, up, with `mtu`.
 ///
 /// # Errors
 /// When the name is taken, the capability is missing or the kernel has no TUN.
-pub(super) fn open(
-    name: &str,
-    mtu: u16,
-) -> io::Result<(TunReader, TunWriter, JoinHandle<io::Result<()>>)> {
+pub(super) fn open(name: &str, mtu: u16) -> io::Result<Tun> {
     let device = DeviceBuilder::new()
         .name(name)
         .layer(Layer::L3)
@@ -51,8 +61,24 @@ pub(super) fn open(
     device.enabled(true)?;
     let device = Arc::new(device);
     let (queue, packets) = mpsc::channel(QUEUE);
-    let writer = tokio::spawn(write(Arc::clone(&device), packets));
-    Ok((TunReader::new(device, mtu), TunWriter { queue }, writer))
+    let (mtu, followed) = watch::channel(mtu);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(write(Arc::clone(&device), packets));
+    tasks.spawn(follow_mtu(Arc::clone(&device), mtu));
+    Ok(Tun {
+        reader: TunReader::new(device, followed),
+        writer: TunWriter { queue },
+        tasks,
+    })
+}
+
+/// Tells the reader when the device's MTU changes; ends with the device.
+async fn follow_mtu(device: Arc<AsyncDevice>, mtu: watch::Sender<u16>) -> io::Result<()> {
+    loop {
+        tokio::time::sleep(MTU_LOOK).await;
+        let now = device.mtu()?;
+        mtu.send_if_modified(|mtu| std::mem::replace(mtu, now) != now);
+    }
 }
 
 /// Asks the kernel not to give the device link-local addresses, before it is up: nobody speaks them, and each
@@ -80,7 +106,8 @@ impl AsMut<[u8]> for Slot {
 /// Reads packets that the kernel routed or redirected into the device.
 pub(super) struct TunReader {
     device: Arc<AsyncDevice>,
-    mtu: u16,
+    mtu: watch::Receiver<u16>,
+    room: usize,
     pool: PacketPool,
     train: Vec<u8>,
     slots: Vec<Slot>,
@@ -90,12 +117,14 @@ pub(super) struct TunReader {
 }
 
 impl TunReader {
-    fn new(device: Arc<AsyncDevice>, mtu: u16) -> Self {
+    fn new(device: Arc<AsyncDevice>, mtu: watch::Receiver<u16>) -> Self {
         let pool = PacketPool::new(POOL_BUFFERS);
+        let room = room(&mtu);
         Self {
-            slots: (0..MAX_SEGMENTS).map(|_| slot(&pool, mtu)).collect(),
+            slots: (0..MAX_SEGMENTS).map(|_| slot(&pool, room)).collect(),
             device,
             mtu,
+            room,
             pool,
             train: vec![0; TRAIN],
             sizes: vec![0; MAX_SEGMENTS],
@@ -107,7 +136,7 @@ impl TunReader {
     /// Moves the first `count` packets out of their slots; what is not an IP packet is left out.
     fn take(&mut self, count: usize) {
         for (slot_, size) in self.slots.iter_mut().zip(&self.sizes).take(count) {
-            let Slot(mut packet) = std::mem::replace(slot_, slot(&self.pool, self.mtu));
+            let Slot(mut packet) = std::mem::replace(slot_, slot(&self.pool, self.room));
             packet.truncate(*size);
             match packet.try_into_ip() {
                 Ok(packet) => self.ready.push(packet),
@@ -117,12 +146,15 @@ impl TunReader {
     }
 }
 
-/// A buffer with room for one packet.
-fn slot(pool: &PacketPool, mtu: u16) -> Slot {
+/// Bytes that a slot needs at this MTU.
+fn room(mtu: &watch::Receiver<u16>) -> usize {
+    BUFFER.max(usize::from(*mtu.borrow()))
+}
+
+/// A buffer with `room` for one packet.
+fn slot(pool: &PacketPool, room: usize) -> Slot {
     let mut packet = pool.get();
-    if BUFFER < usize::from(mtu) {
-        packet.buf_mut().resize(usize::from(mtu), 0);
-    }
+    packet.buf_mut().resize(room, 0);
     Slot(packet)
 }
 
@@ -132,6 +164,11 @@ impl IpRecv for TunReader {
         _: &mut PacketBufPool,
     ) -> io::Result<impl Iterator<Item = Packet<Ip>> + Send + 'a> {
         while self.ready.is_empty() {
+            let room = room(&self.mtu);
+            if room != self.room {
+                self.room = room;
+                self.slots.fill_with(|| slot(&self.pool, room));
+            }
             let read = self
                 .device
                 .recv_multiple(&mut self.train, &mut self.slots, &mut self.sizes, 0)
@@ -149,7 +186,7 @@ impl IpRecv for TunReader {
     }
 
     fn mtu(&self) -> MtuWatcher {
-        MtuWatcher::new(self.mtu)
+        self.mtu.clone().into()
     }
 }
 

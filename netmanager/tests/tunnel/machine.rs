@@ -130,6 +130,11 @@ impl Machine {
         self.restart_daemon();
     }
 
+    pub(crate) fn set_mtu(&mut self, mtu: u16) {
+        self.config.mtu = mtu;
+        self.restart_daemon();
+    }
+
     fn set_kind(&mut self, kind: Option<Kind>) {
         self.config.kind = kind;
         // Opened inside: the kernel is asked by making a link.
