@@ -38,7 +38,7 @@ impl Case {
             topology::address(pod, "eth0", &format!("192.0.2.{number}/32"))?;
             pod.ip("route add 169.254.1.1 dev eth0 scope link")?;
             pod.ip("route add default via 169.254.1.1 dev eth0")?;
-            node.sysctl(&format!("ipv4.conf.{device}.proxy_arp"), "1")?;
+            topology::address(&node, &device, "169.254.1.1/32")?;
             node.ip(&format!("route add 192.0.2.{number}/32 dev {device}"))?;
         }
         Ok(Self {

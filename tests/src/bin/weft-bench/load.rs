@@ -13,6 +13,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
+    sys::{
+        socket::{setsockopt, sockopt::ReceiveTimeout},
+        time::TimeVal,
+    },
     unistd::Pid,
 };
 use weft_tests::Netns;
@@ -23,6 +27,9 @@ const CPUS: [usize; 2] = [0, 1];
 const CHUNK: usize = 256 * 1024;
 /// How long a single read or connect may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a server waits for its client.
+const PATIENCE_OF_SERVER: TimeVal = TimeVal::new(10, 0);
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,6 +84,9 @@ pub(crate) fn measure(path: &Path<'_>, metric: Metric, time: Duration) -> Result
         .server
         .run(|| TcpListener::bind(("0.0.0.0", metric.port())))
         .with_context(|| format!("failed to listen on port {}", metric.port()))?;
+    // It bounds accept, so that a client that failed does not leave its server waiting (socket(7)).
+    setsockopt(&listener, ReceiveTimeout, &PATIENCE_OF_SERVER)
+        .context("failed to set a timeout")?;
     let target = SocketAddr::new(path.address, metric.port());
     thread::scope(|scope| {
         let server = scope.spawn(|| {

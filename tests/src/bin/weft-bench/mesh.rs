@@ -10,14 +10,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ebpf_common::addr::Policy;
 use netmanager_api::table::{
     Backend, BackendState, Mesh, Node as TableNode, PolicyName, Port, Protocol, Revision, Service,
     Table, Vip,
 };
 use serde_json::{Value, json};
-use weft_tests::{Netns, Process, wait_for};
+use weft_tests::{Netns, Process, topology, wait_for};
 
 use crate::{
     case::{Case, machines},
@@ -30,6 +30,10 @@ const MESH4: &str = "10.16.0.0/12";
 const VIP6: &str = "fd77:6566:7400:1000:0:1::";
 const VIP4: Ipv4Addr = Ipv4Addr::new(10, 24, 0, 1);
 const SERVICE: &str = "bench/bench/server";
+/// Where other nodes would reach this one.
+const UNDERLAY: &str = "198.51.100.1";
+/// What a plugin answers that should be asked again (CNI spec 1.1, section 5 "Error").
+const TRY_AGAIN: u64 = 11;
 /// How long the NetManager may take for each step.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -49,6 +53,11 @@ impl Node {
         let binaries = fs::canonicalize(binaries)
             .with_context(|| format!("failed to find {}", binaries.display()))?;
         let (netns, pods) = machines("vip")?;
+        // An underlay as other nodes have it: its MTU is what the pods' is made of.
+        netns.ip("link add up0 type veth peer name up1")?;
+        netns.ip("link set up0 up")?;
+        netns.ip("link set up1 up")?;
+        topology::address(&netns, "up0", &format!("{UNDERLAY}/24"))?;
         let dir = std::env::temp_dir().join(netns.name());
         fs::create_dir_all(dir.join("bpf"))
             .with_context(|| format!("failed to make {}", dir.display()))?;
@@ -59,7 +68,7 @@ impl Node {
         let daemon = netns.spawn(
             Command::new(binaries.join("weft-netmanager"))
                 .args(["run", "--node", "bench", "--tunnel-device", &device])
-                .args(["--underlay", "127.0.0.1", "--tunnel-port", "0"])
+                .args(["--underlay", UNDERLAY, "--tunnel-port", "0"])
                 .arg("--table")
                 .arg(dir.join("table.json"))
                 .arg("--state")
@@ -195,7 +204,7 @@ fn write_table(dir: &Path, index: u64, backends: Vec<Backend>) -> Result<()> {
     fs::rename(&new, &path).context("failed to write the table")
 }
 
-/// Attaches `pod` as a runtime does; returns its addresses.
+/// Attaches `pod` as a runtime does, again as long as it is told to; returns the pod's addresses.
 fn attach(
     node: &Netns,
     pod: &Netns,
@@ -203,37 +212,13 @@ fn attach(
     socket: &Path,
     identity: &str,
 ) -> Result<(Ipv4Addr, Ipv6Addr)> {
-    let network = json!({
-        "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "socket": socket,
-    });
-    let mut child = node.run(|| {
-        Command::new(binaries.join("weft-cni"))
-            .env_clear()
-            .env("CNI_COMMAND", "ADD")
-            .env("CNI_CONTAINERID", pod.name())
-            .env("CNI_NETNS", pod.path())
-            .env("CNI_IFNAME", "net1")
-            .env("CNI_PATH", binaries)
-            .env("CNI_ARGS", identity)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("failed to start weft-cni")
+    let result = wait_for("an attachment", PATIENCE, || {
+        let result = add(node, pod, binaries, socket, identity);
+        match &result {
+            Ok(answer) if answer["code"] == TRY_AGAIN => None,
+            _ => Some(result),
+        }
     })?;
-    let mut stdin = child
-        .stdin
-        .take()
-        .context("weft-cni has no standard input")?;
-    stdin
-        .write_all(network.to_string().as_bytes())
-        .context("failed to ask weft-cni")?;
-    drop(stdin);
-    let output = child
-        .wait_with_output()
-        .context("failed to wait for weft-cni")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "weft-cni ADD: {said}");
-    let result: Value = serde_json::from_str(&said).context("weft-cni's result is no JSON")?;
     let addresses: Vec<IpAddr> = result["ips"]
         .as_array()
         .into_iter()
@@ -250,5 +235,39 @@ fn attach(
     });
     addr4
         .zip(addr6)
-        .with_context(|| format!("weft-cni gave no address of each family: {said}"))
+        .with_context(|| format!("weft-cni ADD gave no address of each family: {result}"))
+}
+
+/// Executes the plugin; its result or its error object.
+fn add(node: &Netns, pod: &Netns, binaries: &Path, socket: &Path, identity: &str) -> Result<Value> {
+    let network = json!({
+        "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "socket": socket,
+    });
+    let mut child = node.run(|| {
+        Command::new(binaries.join("weft-cni"))
+            .env_clear()
+            .env("CNI_COMMAND", "ADD")
+            .env("CNI_CONTAINERID", pod.name())
+            .env("CNI_NETNS", pod.path())
+            .env("CNI_IFNAME", "net1")
+            .env("CNI_PATH", binaries)
+            .env("CNI_ARGS", identity)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("failed to start weft-cni")
+    })?;
+    let mut stdin = child
+        .stdin
+        .take()
+        .context("weft-cni has no standard input")?;
+    stdin
+        .write_all(network.to_string().as_bytes())
+        .context("failed to ask weft-cni")?;
+    drop(stdin);
+    let output = child
+        .wait_with_output()
+        .context("failed to wait for weft-cni")?;
+    serde_json::from_slice(&output.stdout).context("weft-cni's result is no JSON")
 }
