@@ -66,7 +66,7 @@ pub(crate) fn one(lab: &Lab) -> Result<(), LabError> {
     for name in process::names(&lab.prefix()) {
         step(ip::ip(&["netns", "delete", &name]));
     }
-    for cgroup in below(Path::new(CGROUPS), &format!("weft-{}", lab.id)) {
+    for cgroup in cgroups(lab) {
         step(remove_cgroup(&cgroup));
     }
     for socket in entries(Path::new(UAPI)) {
@@ -149,31 +149,49 @@ fn mounts(dir: &Path) -> Vec<PathBuf> {
     mounts
 }
 
-/// The folders named `wanted` in the cgroup hierarchies, at most three levels down.
-fn below(root: &Path, wanted: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut level = vec![root.to_owned()];
-    for _ in 0..3 {
-        let next: Vec<PathBuf> = level
-            .iter()
-            .flat_map(|dir| entries(dir))
-            .filter(|path| path.is_dir() && !path.is_symlink())
-            .collect();
-        let (hits, rest): (Vec<_>, Vec<_>) = next
-            .into_iter()
-            .partition(|path| name(path).starts_with(wanted));
-        found.extend(hits);
-        level = rest;
-    }
-    found
+/// The control groups of the lab's instances. The local driver names them by its run directory's FNV-1a hash,
+/// right below each hierarchy's root.
+fn cgroups(lab: &Lab) -> Vec<PathBuf> {
+    let runs = entries(&lab.path("agent"))
+        .into_iter()
+        .map(|site| site.join("run"));
+    let prefixes: Vec<String> = runs
+        .map(|run| format!("weft-{:08x}-", fnv1a(run.as_os_str().as_encoded_bytes())))
+        .collect();
+    let root = Path::new(CGROUPS);
+    let hierarchies = entries(root).into_iter().filter(|path| !path.is_symlink());
+    let groups = hierarchies
+        .flat_map(|hierarchy| entries(&hierarchy))
+        .chain(entries(root));
+    groups
+        .filter(|group| {
+            prefixes
+                .iter()
+                .any(|prefix| name(group).starts_with(prefix))
+        })
+        .filter(|group| group.is_dir())
+        .collect()
 }
 
-/// Removes a cgroup and those below it; a cgroup's files go with it.
+fn fnv1a(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+/// Removes an empty cgroup; the kernel needs a moment after the end of its last process.
 fn remove_cgroup(dir: &Path) -> Result<(), LabError> {
-    for child in entries(dir).into_iter().filter(|path| path.is_dir()) {
-        remove_cgroup(&child)?;
+    let start = Instant::now();
+    loop {
+        match gone(fs::remove_dir(dir)) {
+            Err(error)
+                if error.kind() == ErrorKind::ResourceBusy && start.elapsed() < LONGEST_DEATH =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result.map_err(LabError::file(dir)),
+        }
     }
-    gone(fs::remove_dir(dir)).map_err(LabError::file(dir))
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {
