@@ -110,7 +110,7 @@ impl LeadClient {
             if matches!(parting, Parting::Over) {
                 return;
             }
-            let cause = std::error::Error::source(&parting).map(|source| chain(source));
+            let cause = std::error::Error::source(&parting).map(chain);
             tracing::warn!(%lead, reason = %parting, cause, "parted from a lead");
             if welcomed {
                 pause = SHORTEST_PAUSE;

@@ -384,3 +384,6 @@ mod pairs {
         Vec::<(K, V)>::deserialize(deserializer).map(BTreeMap::from_iter)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

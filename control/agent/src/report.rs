@@ -157,3 +157,6 @@ fn told(id: &InstanceId, node: String, phase: Phase, reason: &str) -> InstanceRe
         reason: reason.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

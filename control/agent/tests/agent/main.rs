@@ -1,0 +1,434 @@
+//! An agent between a fake lead, fake nodes and a fake driver, over real TLS on loopback.
+#![expect(clippy::unwrap_used, reason = "a test fails where it panics")]
+
+mod authority;
+mod fake;
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, path::PathBuf, time::Duration};
+
+use control_api::stream::{Assignments, FromAgent, ToAgent};
+use control_core::{
+    assignment::{Assignment, Run, Want},
+    goal::{Bytes, Cpu, Requests, Writers},
+    report::{InstanceId, Phase, Report},
+};
+use netmanager_api::{
+    stream::{Endpoint, FromNode, InstanceRef, Measured},
+    table::{Mesh, Node, Revision, Table},
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use weft_agent::{Agent, AgentError, config::Config, driver::State};
+
+use crate::{
+    authority::Authority,
+    fake::{FakeDriver, FakeLead, FakeNode, Told, hello, soon},
+};
+
+const CONFIG: &str = "
+cluster: edge
+facts: { tier: edge, region: AT, cpu_price_ueur_h: 1, cpu_power_mw: 1, carbon_g_kwh: 1 }
+driver:
+  local:
+    run_dir: /nowhere
+    cni_plugin: /nowhere
+    nodes:
+      - { name: n1, cni_socket: /nowhere, cpu: 1, memory: 1Gi }
+      - { name: n2, cni_socket: /nowhere, cpu: 1, memory: 1Gi }
+";
+/// Long enough that no test waits for it.
+const LEASE: Duration = Duration::from_secs(60);
+
+/// An agent that runs until it is dropped.
+struct Running {
+    door: SocketAddr,
+    driver: FakeDriver,
+    shutdown: CancellationToken,
+    serving: JoinHandle<Result<(), AgentError>>,
+}
+
+impl Running {
+    async fn start(
+        authority: &Authority,
+        leads: Vec<SocketAddr>,
+        state: Option<PathBuf>,
+        driver: FakeDriver,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let door = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let agent = Agent {
+            config: Config::parse(CONFIG, Path::new("agent.yaml")).unwrap(),
+            credentials: authority.issue("agent/edge"),
+            leads,
+            listener,
+            state,
+            driver: driver.clone(),
+        };
+        let serving = tokio::spawn(agent.serve(shutdown.clone()));
+        Self {
+            door,
+            driver,
+            shutdown,
+            serving,
+        }
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        soon("the agent's end", self.serving)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+}
+
+fn id(epoch: u64) -> InstanceId {
+    InstanceId {
+        service: "shop/app/web".to_owned(),
+        instance: 0,
+        epoch,
+    }
+}
+
+fn run(writers: Writers) -> Want {
+    Want::Run(Box::new(Run {
+        image: None,
+        command: vec!["true".to_owned()],
+        env: BTreeMap::new(),
+        hosts: Vec::new(),
+        requests: Requests {
+            cpu: Cpu::milli(600),
+            memory: Bytes::new(1 << 20),
+            gpus: 0,
+        },
+        ports: Vec::new(),
+        writers,
+    }))
+}
+
+fn orders<const N: usize>(index: u64, list: [(InstanceId, Want); N]) -> ToAgent {
+    let order = |(id, want)| Assignment {
+        id,
+        want,
+        grace_ms: 5000,
+    };
+    ToAgent::Assignments(Assignments {
+        revision: (0, index),
+        list: list.into_iter().map(order).collect(),
+    })
+}
+
+fn tables(index: u64) -> ToAgent {
+    let table = |number| Table {
+        revision: revision(index),
+        mesh: Mesh {
+            prefix6: "fd00:1:2::/48".parse().unwrap(),
+            prefix4: None,
+            seed: 5,
+        },
+        node: Node {
+            number,
+            blocks4: Vec::new(),
+        },
+        peers: Vec::new(),
+        services: Vec::new(),
+    };
+    ToAgent::Tables(BTreeMap::from([
+        ("n1".to_owned(), table(1)),
+        ("n2".to_owned(), table(2)),
+    ]))
+}
+
+fn revision(index: u64) -> Revision {
+    Revision {
+        incarnation: 0,
+        index,
+    }
+}
+
+/// A node that has applied the table of `index`.
+async fn ready_node(authority: &Authority, door: SocketAddr, name: &str, index: u64) -> FakeNode {
+    let credentials = authority.issue(&format!("node/edge/{name}"));
+    let mut node = FakeNode::dial(door, &credentials, hello(name))
+        .await
+        .unwrap();
+    assert_eq!(node.table().await, Some(revision(index)));
+    let applied = FromNode::Applied {
+        revision: revision(index),
+    };
+    node.say(applied).await;
+    node
+}
+
+fn attached(epoch: u64) -> FromNode {
+    FromNode::Endpoints {
+        endpoints: vec![Endpoint {
+            number: 2,
+            addr6: "fd00:1:2::2".parse().unwrap(),
+            addr4: None,
+            instance: Some(InstanceRef {
+                service: "shop/app/web".to_owned(),
+                instance: 0,
+                epoch,
+            }),
+        }],
+    }
+}
+
+fn phase(report: &Report, epoch: u64) -> Option<Phase> {
+    let mut instances = report.instances.iter();
+    let of = instances.find(|instance| instance.id == id(epoch));
+    of.map(|instance| instance.phase)
+}
+
+/// Brings instance 1 of a new agent to `Ready` on n1.
+async fn bring_up(
+    authority: &Authority,
+    agent: &Running,
+    lead: &mut FakeLead,
+    writers: Writers,
+    lease: Duration,
+) -> (fake::AgentStream, FakeNode) {
+    let mut stream = lead.stream().await;
+    stream.welcome(7, lease).await;
+    stream.say(tables(10)).await;
+    let node = ready_node(authority, agent.door, "n1", 10).await;
+    let ready = |report: &Report| report.nodes["n1"].ready;
+    stream.report("a ready node", ready).await;
+    stream.say(orders(11, [(id(1), run(writers))])).await;
+    agent.driver.reaches(&id(1), State::Starting).await;
+    agent.driver.set(&id(1), State::Serving);
+    node.say(attached(1)).await;
+    let ready = |report: &Report| phase(report, 1) == Some(Phase::Ready);
+    stream.report("a ready instance", ready).await;
+    (stream, node)
+}
+
+#[tokio::test]
+async fn an_instance_goes_from_its_order_to_ready_and_to_stopped() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let (mut stream, _node) = bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
+    assert_eq!(stream.hello.cluster, "edge");
+    assert_eq!(stream.hello.session, None);
+    stream.say(orders(12, [(id(1), Want::Stop)])).await;
+    agent.driver.reaches(&id(1), State::Stopping).await;
+    agent.driver.set(&id(1), State::Gone);
+    let stopped = |report: &Report| phase(report, 1) == Some(Phase::Stopped);
+    stream.report("a stopped instance", stopped).await;
+    stream.say(orders(13, [])).await;
+    let forgotten = |report: &Report| report.instances.is_empty();
+    stream.report("a forgotten instance", forgotten).await;
+    let grace = Duration::from_secs(5);
+    assert_eq!(
+        agent.driver.told(),
+        [
+            Told::Run(id(1), "n1".to_owned()),
+            Told::Stop(id(1), grace),
+            Told::Forget(id(1)),
+        ]
+    );
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn when_its_lead_dies_the_agent_goes_on_with_the_next_one() {
+    let authority = Authority::new();
+    let mut first = FakeLead::start(&authority.issue("lead/a")).await;
+    let mut second = FakeLead::start(&authority.issue("lead/b")).await;
+    let leads = vec![first.address, second.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    // The agent may start with either.
+    let started = tokio::select! {
+        stream = first.stream() => stream,
+        stream = second.stream() => {
+            std::mem::swap(&mut first, &mut second);
+            stream
+        }
+    };
+    started.welcome(7, LEASE).await;
+    started.say(orders(11, [])).await;
+    started.say(tables(12)).await;
+    let node = ready_node(&authority, agent.door, "n1", 12).await;
+    first.die(started).await;
+    let mut next = second.stream().await;
+    assert_eq!(next.hello.session, Some(7));
+    assert_eq!(next.hello.revision, Some((0, 12)));
+    next.welcome(7, LEASE).await;
+    // Orders of a lead that lags behind are not taken; the newer ones are.
+    next.say(orders(10, [(id(9), run(Writers::Many))])).await;
+    next.say(orders(13, [(id(1), run(Writers::Many))])).await;
+    agent.driver.reaches(&id(1), State::Starting).await;
+    assert_eq!(agent.driver.told(), [Told::Run(id(1), "n1".to_owned())]);
+    next.report("a report", |report| phase(report, 1).is_some())
+        .await;
+    drop(node);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_cluster_that_was_given_up_stops_its_copies_before_it_starts_anything() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let (stream, _node) = bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
+    drop(stream);
+    let mut again = lead.stream().await;
+    again.welcome(8, LEASE).await;
+    let list = [(id(1), Want::Stop), (id(2), run(Writers::Many))];
+    again.say(orders(20, list)).await;
+    agent.driver.reaches(&id(1), State::Stopping).await;
+    let stopped = Told::Stop(id(1), Duration::from_millis(1500));
+    assert_eq!(agent.driver.told().last(), Some(&stopped));
+    let waits = |report: &Report| phase(report, 2) == Some(Phase::Starting);
+    again.report("a waiting instance", waits).await;
+    assert_eq!(agent.driver.told().last(), Some(&stopped));
+    agent.driver.set(&id(1), State::Gone);
+    agent.driver.reaches(&id(2), State::Starting).await;
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn an_instance_with_one_writer_is_fenced_when_renewals_are_not_counted() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let lease = Duration::from_secs(3);
+    let (stream, _node) = bring_up(&authority, &agent, &mut lead, Writers::One, lease).await;
+    // From here on nobody counts: the stream is up and says nothing.
+    agent.driver.reaches(&id(1), State::Stopping).await;
+    agent.driver.set(&id(1), State::Gone);
+    drop(stream);
+    let mut again = lead.stream().await;
+    again.welcome(7, LEASE).await;
+    let stopped = |report: &Report| phase(report, 1) == Some(Phase::Stopped);
+    again.report("a fenced instance", stopped).await;
+    assert_eq!(agent.driver.told().len(), 2, "{:?}", agent.driver.told());
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_lead_that_does_not_renew_is_left_for_another() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let mut mute = lead.stream().await;
+    mute.welcome(7, Duration::from_millis(300)).await;
+    let alive = |message| matches!(message, FromAgent::Alive { .. }).then_some(());
+    mute.next("a renewal", alive).await;
+    let again = lead.stream().await;
+    assert_eq!(again.hello.session, Some(7));
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_restarted_agent_without_leads_goes_on_with_what_it_kept() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let driver = FakeDriver::new();
+    let state = Some(authority.state());
+    let agent = Running::start(&authority, leads.clone(), state.clone(), driver.clone()).await;
+    let (stream, node) = bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
+    stream.say(tables(30)).await;
+    let mut node = node;
+    assert_eq!(node.table().await, Some(revision(30)));
+    lead.die(stream).await;
+    agent.end().await;
+    assert_eq!(node.table().await, None, "the stream ended with the agent");
+    let agent = Running::start(&authority, leads, state, driver.clone()).await;
+    // The node gets its table from an agent that never saw a lead.
+    let _node = ready_node(&authority, agent.door, "n1", 30).await;
+    // Its process ends for good: the agent runs it again, for nobody told it to stop.
+    driver.set(&id(1), State::Gone);
+    driver.reaches(&id(1), State::Starting).await;
+    let run = Told::Run(id(1), "n1".to_owned());
+    assert_eq!(driver.told(), [run.clone(), run]);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn instances_of_a_node_that_died_are_run_on_the_other_one() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let (mut stream, first) = bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
+    let second = ready_node(&authority, agent.door, "n2", 10).await;
+    let speaking = tokio::spawn(async move {
+        let mut second_passes = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            second_passes.tick().await;
+            let measured = FromNode::Measured(Measured::default());
+            if second.says.send(measured).await.is_err() {
+                return;
+            }
+        }
+    });
+    drop(first);
+    agent.driver.set(&id(1), State::Restarting);
+    let away =
+        |report: &Report| !report.nodes["n1"].ready && phase(report, 1) == Some(Phase::NotReady);
+    stream.report("a lost node", away).await;
+    agent.driver.reaches(&id(1), State::Stopping).await;
+    agent.driver.set(&id(1), State::Gone);
+    agent.driver.reaches(&id(1), State::Starting).await;
+    assert_eq!(
+        agent.driver.told().last(),
+        Some(&Told::Run(id(1), "n2".to_owned()))
+    );
+    speaking.abort();
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn only_nodes_of_this_cluster_come_in_at_the_node_door() {
+    let authority = Authority::new();
+    let lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    for (who, named, refusal) in [
+        ("agent/edge", "n1", "weft://m/agent/edge may not come in"),
+        ("lead/a", "n1", "weft://m/lead/a may not come in"),
+        ("node/fog/n1", "n1", "weft://m/node/fog/n1 may not come in"),
+        (
+            "node/edge/n3",
+            "n3",
+            "is no node of this agent's configuration",
+        ),
+        ("node/edge/n1", "n2", "the hello says node \"n2\""),
+    ] {
+        let dialed = FakeNode::dial(agent.door, &authority.issue(who), hello(named)).await;
+        let status = dialed.err().expect(who);
+        assert_eq!(status.code(), tonic::Code::PermissionDenied, "{who}");
+        assert!(status.message().contains(refusal), "{who}: {status}");
+    }
+    let stranger = Authority::new().issue("node/edge/n1");
+    let dialed = FakeNode::dial(agent.door, &stranger, hello("n1")).await;
+    assert!(dialed.is_err(), "another mesh's node");
+    let good = authority.issue("node/edge/n1");
+    assert!(FakeNode::dial(agent.door, &good, hello("n1")).await.is_ok());
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn an_agent_with_the_certificate_of_another_cluster_does_not_start() {
+    let authority = Authority::new();
+    let agent = Agent {
+        config: Config::parse(CONFIG, Path::new("agent.yaml")).unwrap(),
+        credentials: authority.issue("agent/fog"),
+        leads: vec!["127.0.0.1:1".parse().unwrap()],
+        listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        state: None,
+        driver: FakeDriver::new(),
+    };
+    let error = agent.serve(CancellationToken::new()).await.unwrap_err();
+    assert!(matches!(error, AgentError::Role { .. }), "{error}");
+    assert!(error.to_string().contains("weft://m/agent/fog"), "{error}");
+}
