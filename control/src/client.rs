@@ -99,7 +99,10 @@ async fn one(
         .body(ask.body.clone())?;
     match timeout(ANSWER, exchange(channel, request)).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => Err(anyhow!(error).context("failed to reach it")),
+        Ok(Err(error)) => Err(anyhow!(
+            "failed to reach it: {}",
+            anyhow!(error).root_cause()
+        )),
         Err(_) => bail!("no answer within {ANSWER:?}"),
     }
 }

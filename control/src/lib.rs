@@ -9,6 +9,8 @@ mod daemon;
 mod show;
 mod user;
 
+use std::io::IsTerminal;
+
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use weft_lab::LabCommand;
@@ -50,13 +52,15 @@ enum Command {
 
 /// Starts logging to standard error; `WEFT_LOG` says what, as in `info,weft_lead=debug`.
 pub fn start_tracing(cli: &Cli) {
+    // The leads say themselves who leads and who is out of reach; openraft says it with every message.
     let usual = match cli.command {
-        Command::Lead(_) | Command::Agent(_) => "info,openraft=warn",
+        Command::Lead(_) | Command::Agent(_) => "info,openraft=off",
         _ => "warn",
     };
     let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
 }

@@ -225,8 +225,10 @@ fn pending(clusters: &BTreeMap<String, Vec<String>>) -> String {
 pub(crate) fn explained(answer: &Explained) -> String {
     let mut text = String::new();
     for slot in &answer.slots {
-        let bound = or_dash(slot.bound.as_ref());
-        text += &format!("{} runs in {bound}\n", slot.slot);
+        text += &match &slot.bound {
+            Some(cluster) => format!("{} is bound to {cluster}\n", slot.slot),
+            None => format!("{} is pending\n", slot.slot),
+        };
         if let Some(decision) = &slot.decision {
             text += &format!(
                 "  decided for {} at {} EUR/h; the application {} EUR/h, at least {} EUR/h\n",
@@ -239,7 +241,11 @@ pub(crate) fn explained(answer: &Explained) -> String {
                 text += &format!("    {line}\n");
             }
         }
-        text += "  now\n";
+        text += if slot.now.is_empty() {
+            "  there is no cluster: weft get clusters\n"
+        } else {
+            "  now\n"
+        };
         for (cluster, verdict) in &slot.now {
             let verdict = match verdict {
                 Verdict::Eligible(terms) => format!("{} EUR/h", parts(terms)),

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{self, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -45,11 +45,15 @@ impl Common {
         text: impl FnOnce(&T) -> String,
     ) -> anyhow::Result<()> {
         let answer: T = self.leads.ask(ask)?;
-        match self.output {
-            Format::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
-            Format::Table => println!("{}", text(&answer)),
+        let text = match self.output {
+            Format::Json => serde_json::to_string_pretty(&answer)?,
+            Format::Table => text(&answer),
+        };
+        match writeln!(io::stdout(), "{text}") {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.context("failed to write the answer"),
         }
-        Ok(())
     }
 }
 
@@ -83,7 +87,7 @@ impl Apply {
 fn read(file: &Path) -> anyhow::Result<String> {
     if file == Path::new("-") {
         let mut text = String::new();
-        std::io::stdin()
+        io::stdin()
             .read_to_string(&mut text)
             .context("failed to read standard input")?;
         return Ok(text);

@@ -185,34 +185,30 @@ async fn apply(
     let Query(query) = query.map_err(|error| bad_query(&error))?;
     let goals = goal::parse(&body)?;
     lead.catch_up().await?;
-    let (tried, outcomes) = lead.replica.read(|base| try_out(base, &goals));
-    let refusals = outcomes.into_iter().filter_map(Outcome::err);
-    if let Some(refusal) = Refusal::all(refusals.map(Refusal::from).collect()) {
+    let before = lead.replica.read(Clone::clone);
+    let mut tried = before.clone();
+    let now = now_ms().max(before.log_time_ms);
+    let refused = try_out(&mut tried, commands(&goals), now)
+        .into_iter()
+        .filter_map(Outcome::err);
+    if let Some(refusal) = Refusal::all(refused.map(Refusal::from).collect()) {
         return Err(refusal);
     }
-    let known: Vec<bool> = lead.replica.read(|base| {
-        let known = |goal: &Goal| base.applications.contains_key(&goal.name);
-        goals.iter().map(known).collect()
-    });
     if query.dry_run {
-        let before = lead.replica.read(Clone::clone);
-        let results = goals
-            .iter()
-            .map(|goal| dry_result(&before, goal))
-            .collect::<Vec<_>>();
+        let follow = plan::plan(&tried, &Inputs::default(), now);
+        try_out(&mut tried, follow, now);
+        let results: Vec<_> = goals.iter().map(|goal| result(&before, goal)).collect();
         return Ok(Json(applied(&tried, &goals, &results, true)));
     }
-    let commands = goals
-        .iter()
-        .cloned()
-        .map(|goal| Command::Apply(Box::new(goal)));
-    let done = lead.propose(commands.collect()).await?;
+    let done = lead.propose(commands(&goals)).await?;
     let mut results = Vec::new();
     let mut refusals = Vec::new();
-    for (known, outcome) in known.into_iter().zip(done.outcomes) {
+    for (goal, outcome) in goals.iter().zip(done.outcomes) {
         match outcome {
             Ok(Applied::Unchanged) => results.push(ApplyResult::Unchanged),
-            Ok(_) if known => results.push(ApplyResult::Configured),
+            Ok(_) if before.applications.contains_key(&goal.name) => {
+                results.push(ApplyResult::Configured);
+            }
             Ok(_) => results.push(ApplyResult::Created),
             Err(refusal) => refusals.push(Refusal::from(refusal)),
         }
@@ -230,23 +226,22 @@ async fn apply(
     ))
 }
 
-/// What the Knowledge Base would be with `goals` and the plan that follows, and each goal's outcome.
-fn try_out(base: &KnowledgeBase, goals: &[Goal]) -> (KnowledgeBase, Vec<Outcome>) {
-    let mut tried = base.clone();
-    let now = now_ms().max(base.log_time_ms);
+fn commands(goals: &[Goal]) -> Vec<Command> {
     let apply = |goal: &Goal| Command::Apply(Box::new(goal.clone()));
-    let batch = |commands| Batch {
+    goals.iter().map(apply).collect()
+}
+
+/// Makes `tried` what the Knowledge Base would be with `commands`; their outcomes.
+fn try_out(tried: &mut KnowledgeBase, commands: Vec<Command>, now: u64) -> Vec<Outcome> {
+    let batch = Batch {
         log_time_ms: now,
         commands,
     };
-    let goals = batch(goals.iter().map(apply).collect());
-    let outcomes = tried.apply(tried.index + 1, &goals);
-    let follow = batch(plan::plan(&tried, &Inputs::default(), now));
-    tried.apply(tried.index + 1, &follow);
-    (tried, outcomes)
+    tried.apply(tried.index + 1, &batch)
 }
 
-fn dry_result(before: &KnowledgeBase, goal: &Goal) -> ApplyResult {
+/// What would come of `goal`.
+fn result(before: &KnowledgeBase, goal: &Goal) -> ApplyResult {
     match before.applications.get(&goal.name) {
         None => ApplyResult::Created,
         Some(known) if known.spec == *goal => ApplyResult::Unchanged,

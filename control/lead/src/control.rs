@@ -61,23 +61,24 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
 
 /// What to propose now.
 fn decide(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Vec<Command> {
-    let now = now_ms();
     let term = lead.raft.metrics().borrow().current_term;
-    let mut leases = lead.leases();
-    lead.replica.read(|base| {
-        let Some(known) = &base.mesh else {
-            return mesh.cloned().map(Command::InitMesh).into_iter().collect();
-        };
-        let lease = Duration::from_millis(known.lease_ms);
-        let lost = leases.expired(term, ready(base), lease, Instant::now());
-        let paused = failover(base, known.lease_ms);
-        note(alarm, paused);
-        let lost = lost.into_iter().map(|(cluster, session)| {
-            tracing::warn!(%cluster, "a cluster is lost");
-            Command::Lost { cluster, session }
-        });
-        lost.chain(planned(base, paused, now)).collect()
-    })
+    let known = lead.replica.read(|base| {
+        let lease_ms = base.mesh.as_ref()?.lease_ms;
+        Some((lease_ms, ready(base), failover(base, lease_ms)))
+    });
+    let Some((lease_ms, ready, paused)) = known else {
+        return mesh.cloned().map(Command::InitMesh).into_iter().collect();
+    };
+    note(alarm, paused);
+    let lease = Duration::from_millis(lease_ms);
+    let lost = lead.leases().expired(term, ready, lease, Instant::now());
+    let lost = lost.into_iter().map(|(cluster, session)| {
+        tracing::warn!(%cluster, "a cluster is lost");
+        Command::Lost { cluster, session }
+    });
+    let now = now_ms();
+    let planned = lead.replica.read(|base| planned(base, paused, now));
+    lost.chain(planned).collect()
 }
 
 async fn step(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Round {

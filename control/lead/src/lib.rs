@@ -125,12 +125,15 @@ pub enum LeadError {
     /// Raft did not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// Raft cannot go on, mostly because the disk failed.
+    #[error("raft stopped: {0}")]
+    Stopped(String),
 }
 
 /// Runs a lead until `shutdown`.
 ///
 /// # Errors
-/// When something it needs is missing or wrong; nothing runs then.
+/// When something it needs is missing or wrong (nothing runs then), or when the disk fails later.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), LeadError> {
     let listener = TcpListener::bind(options.listen)
         .await
@@ -195,9 +198,37 @@ pub async fn serve(
     tasks.spawn(until(shutdown.clone(), proposing));
     tasks.spawn(until(shutdown.clone(), control::run(lead.clone(), mesh)));
     tasks.spawn(door.serve(shutdown.clone()));
-    shutdown.cancelled().await;
+    let fatal = tokio::select! {
+        () = shutdown.cancelled() => None,
+        fatal = watch_raft(&lead) => Some(fatal),
+    };
+    shutdown.cancel();
     end(&lead, tasks).await;
-    Ok(())
+    fatal.map_or(Ok(()), |fatal| Err(LeadError::Stopped(fatal)))
+}
+
+/// Says who leads, whenever that changes; returns why Raft stopped, when it did.
+async fn watch_raft(lead: &Lead) -> String {
+    let mut metrics = lead.raft.metrics();
+    let mut known = None;
+    loop {
+        let (leader, term, state) = {
+            let metrics = metrics.borrow_and_update();
+            let state = metrics.running_state.clone();
+            (metrics.current_leader, metrics.current_term, state)
+        };
+        if let Err(fatal) = state {
+            return fatal.to_string();
+        }
+        if leader.is_some() && known != Some((leader, term)) {
+            known = Some((leader, term));
+            let leader = lead.leader().map(|(_, member)| member.name);
+            tracing::info!(leader, term, "a leader is elected");
+        }
+        if metrics.changed().await.is_err() {
+            return "its core ended".to_owned();
+        }
+    }
 }
 
 async fn until(shutdown: CancellationToken, work: impl Future<Output = ()>) {

@@ -182,3 +182,114 @@ fn service_to_wire(service: table::Service) -> wire::Service {
             .collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use control_core::{
+        base::Mesh,
+        command::{Batch, Command},
+        report::{ClusterFacts, NodeReport, Report, Tier},
+    };
+
+    use super::*;
+
+    fn edge() -> Name {
+        "edge".parse().unwrap()
+    }
+
+    fn apply(base: &mut KnowledgeBase, command: Command) {
+        let batch = Batch {
+            log_time_ms: 1_000,
+            commands: vec![command],
+        };
+        let outcomes = base.apply(base.index + 1, &batch);
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    }
+
+    fn report(base: &mut KnowledgeBase, nodes: &[&str], rtt_us: u32) {
+        let node = |name: &&str| {
+            let node = NodeReport {
+                ready: true,
+                cpu_milli: 1_000,
+                memory_bytes: 1 << 30,
+                gpus: 0,
+                public_key: format!("key of {name}"),
+                tunnel: None,
+                underlay: vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
+                applied: (0, 0),
+                rtt_us: [(9, rtt_us)].into(),
+                reached: Vec::new(),
+                draining_flows: Vec::new(),
+                used4: Vec::new(),
+            };
+            ((*name).to_owned(), node)
+        };
+        let report = Report {
+            nodes: nodes.iter().map(node).collect(),
+            instances: Vec::new(),
+        };
+        let command = Command::Report {
+            cluster: edge(),
+            session: 1,
+            report: Box::new(report),
+        };
+        apply(base, command);
+    }
+
+    fn base() -> KnowledgeBase {
+        let mut base = KnowledgeBase::default();
+        let mesh = Mesh {
+            name: "demo".to_owned(),
+            prefix6: "fd00:1:2::/48".parse().unwrap(),
+            prefix4: None,
+            seed: 1,
+            incarnation: 0,
+            lease_ms: 10_000,
+        };
+        apply(&mut base, Command::InitMesh(mesh));
+        let facts = ClusterFacts {
+            tier: Tier::Edge,
+            region: "de".to_owned(),
+            labels: BTreeMap::new(),
+            cpu_price_ueur_h: 1,
+            memory_price_ueur_h: 1,
+            egress_price_ueur_gib: 1,
+            cpu_power_mw: 1,
+            carbon_g_kwh: 1,
+            prefixes: Vec::new(),
+        };
+        let command = Command::RegisterCluster {
+            cluster: edge(),
+            session: 1,
+            facts: Box::new(facts),
+        };
+        apply(&mut base, command);
+        base
+    }
+
+    fn tables(messages: &[ToAgent]) -> Vec<&str> {
+        let tables = messages.iter().find_map(|message| match message {
+            ToAgent::Tables(tables) => Some(tables.keys().map(String::as_str).collect()),
+            _ => None,
+        });
+        tables.unwrap_or_default()
+    }
+
+    #[test]
+    fn only_what_changed_is_sent_and_a_new_stream_gets_everything() {
+        let (mut base, mut sent) = (base(), Sent::default());
+        report(&mut base, &["n1"], 100);
+        let first = news(&base, &edge(), &mut sent);
+        assert_eq!(tables(&first), ["n1"]);
+        assert!(matches!(first.last(), Some(ToAgent::Assignments(_))));
+        assert_eq!(news(&base, &edge(), &mut sent), []);
+        report(&mut base, &["n1"], 200);
+        assert_eq!(news(&base, &edge(), &mut sent), []);
+        report(&mut base, &["n1", "n2"], 200);
+        assert!(tables(&news(&base, &edge(), &mut sent)).contains(&"n2"));
+        let again = news(&base, &edge(), &mut Sent::default());
+        assert_eq!(tables(&again), ["n1", "n2"]);
+    }
+}

@@ -9,7 +9,7 @@
 //! refused.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -65,6 +65,7 @@ pub(crate) enum PostError {
 pub(crate) struct Network {
     credentials: Arc<Credentials>,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    away: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Network {
@@ -72,6 +73,25 @@ impl Network {
         Self {
             credentials,
             channels: Arc::default(),
+            away: Arc::default(),
+        }
+    }
+
+    /// Says once when a lead goes out of reach, and once when it is back.
+    fn note(&self, member: &Member, failure: Option<&PostError>) {
+        let mut away = self.away.lock().unwrap_or_else(PoisonError::into_inner);
+        match failure {
+            Some(error @ PostError::Unreachable { .. }) => {
+                if away.insert(member.name.clone()) {
+                    tracing::warn!(lead = member.name, %error, "a lead is out of reach");
+                }
+            }
+            Some(_) => {}
+            None => {
+                if away.remove(&member.name) {
+                    tracing::info!(lead = member.name, "a lead is back");
+                }
+            }
         }
     }
 
@@ -111,19 +131,20 @@ impl Network {
 
     async fn exchange(&self, member: &Member, request: Request<Bytes>) -> Result<Bytes, PostError> {
         let answer = exchange(self.channel(member), request).await;
-        let (status, body) = answer.map_err(|source| PostError::Unreachable {
-            name: member.name.clone(),
-            address: member.address.to_string(),
-            source,
-        })?;
-        if status == StatusCode::OK {
-            Ok(body)
-        } else {
-            Err(PostError::Refused {
+        let answer = match answer {
+            Ok((StatusCode::OK, body)) => Ok(body),
+            Ok((status, _)) => Err(PostError::Refused {
                 name: member.name.clone(),
                 status,
-            })
-        }
+            }),
+            Err(source) => Err(PostError::Unreachable {
+                name: member.name.clone(),
+                address: member.address.to_string(),
+                source,
+            }),
+        };
+        self.note(member, answer.as_ref().err());
+        answer
     }
 }
 

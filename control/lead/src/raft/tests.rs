@@ -55,3 +55,44 @@ fn data_of_another_lead_is_refused() {
     assert!(matches!(own("b"), Err(StartError::OtherLead { .. })));
     assert_eq!(own("a").unwrap(), 1);
 }
+
+#[tokio::test]
+async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
+    use control_core::{base::Mesh, command::Command};
+    use openraft::{
+        CommittedLeaderId, Entry, EntryPayload, LogId, RaftSnapshotBuilder,
+        storage::RaftStateMachine,
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(dir.path()).unwrap();
+    let replica = Arc::new(Replica::default());
+    let mut machine = Machine::load(disk.clone(), replica.clone()).unwrap();
+    let mesh = Mesh {
+        name: "demo".to_owned(),
+        prefix6: "fd00:1:2::/48".parse().unwrap(),
+        prefix4: Some("10.16.0.0/12".parse().unwrap()),
+        seed: u64::MAX,
+        incarnation: 0,
+        lease_ms: 10_000,
+    };
+    let entry = Entry {
+        log_id: LogId::new(CommittedLeaderId::new(1, 1), 7),
+        payload: EntryPayload::Normal(Batch {
+            log_time_ms: 5,
+            commands: vec![Command::InitMesh(mesh)],
+        }),
+    };
+    machine.apply([entry]).await.unwrap();
+    let mut builder = machine.get_snapshot_builder().await;
+    builder.build_snapshot().await.unwrap();
+
+    let again = Arc::new(Replica::default());
+    let mut restarted = Machine::load(disk, again.clone()).unwrap();
+    assert_eq!(again.applied(), 7);
+    assert_eq!(again.read(Clone::clone), replica.read(Clone::clone));
+    assert!(again.read(|base| base.mesh.is_some()));
+    assert_eq!(
+        restarted.applied_state().await.unwrap(),
+        machine.applied_state().await.unwrap()
+    );
+}

@@ -1,6 +1,7 @@
 //! Three leads in one process, over real TLS on the loopback.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod agents;
 mod mesh;
 
 use std::time::Duration;
@@ -26,7 +27,7 @@ fn goal(name: &str) -> String {
     GOAL.replace("NAME", name)
 }
 
-async fn apply(mesh: &TestMesh, lead: &str, name: &str) -> (StatusCode, ApplyResponse) {
+pub(crate) async fn apply(mesh: &TestMesh, lead: &str, name: &str) -> (StatusCode, ApplyResponse) {
     mesh.post(lead, "/v1/applications", &goal(name)).await
 }
 

@@ -1,0 +1,229 @@
+//! Agents' streams on a group of leads.
+
+use std::{collections::BTreeMap, net::Ipv6Addr};
+
+use control_api::{
+    http::{Binding, Cluster, List},
+    stream::{Assignments, FromAgent, Hello, LeadDoorClient, ToAgent, Welcome},
+};
+use control_core::{
+    assignment::Want,
+    report::{
+        ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
+    },
+};
+use http::StatusCode;
+use netmanager_api::table::Table;
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+use crate::{
+    apply,
+    mesh::{LIMIT, TestMesh, wait_for},
+};
+
+fn facts() -> ClusterFacts {
+    ClusterFacts {
+        tier: Tier::Edge,
+        region: "de".to_owned(),
+        labels: BTreeMap::new(),
+        cpu_price_ueur_h: 30_000,
+        memory_price_ueur_h: 4_000,
+        egress_price_ueur_gib: 0,
+        cpu_power_mw: 4_000,
+        carbon_g_kwh: 300,
+        prefixes: Vec::new(),
+    }
+}
+
+fn node() -> NodeReport {
+    NodeReport {
+        ready: true,
+        cpu_milli: 4_000,
+        memory_bytes: 8 << 30,
+        gpus: 0,
+        public_key: "a2V5".to_owned(),
+        tunnel: Some("192.0.2.1:51900".parse().unwrap()),
+        underlay: vec!["192.0.2.1".parse().unwrap()],
+        applied: (0, 0),
+        rtt_us: BTreeMap::new(),
+        reached: Vec::new(),
+        draining_flows: Vec::new(),
+        used4: Vec::new(),
+    }
+}
+
+fn report(instances: Vec<InstanceReport>) -> FromAgent {
+    FromAgent::Report(Report {
+        nodes: BTreeMap::from([("n1".to_owned(), node())]),
+        instances,
+    })
+}
+
+fn running(id: &InstanceId) -> InstanceReport {
+    InstanceReport {
+        id: id.clone(),
+        node: "n1".to_owned(),
+        phase: Phase::Ready,
+        endpoint: Some(EndpointFact {
+            addr6: Ipv6Addr::LOCALHOST,
+            addr4: None,
+        }),
+        reason: String::new(),
+    }
+}
+
+/// The agent's side of a stream.
+struct TestAgent {
+    outbound: mpsc::Sender<FromAgent>,
+    inbound: Streaming<ToAgent>,
+    tables: BTreeMap<String, Table>,
+    assignments: Assignments,
+    renewed: u64,
+}
+
+impl TestAgent {
+    async fn follow(
+        mesh: &TestMesh,
+        lead: &str,
+        cluster: &str,
+        session: Option<u64>,
+    ) -> Result<(Self, Welcome), Status> {
+        let (outbound, messages) = mpsc::channel(16);
+        let hello = Hello {
+            cluster: cluster.to_owned(),
+            facts: facts(),
+            session,
+            revision: None,
+            version: "test".to_owned(),
+        };
+        outbound.send(FromAgent::Hello(hello)).await.unwrap();
+        let mut client = LeadDoorClient::new(mesh.channel("agent", lead));
+        let answer = client.follow(ReceiverStream::new(messages)).await?;
+        let mut agent = Self {
+            outbound,
+            inbound: answer.into_inner(),
+            tables: BTreeMap::new(),
+            assignments: Assignments::default(),
+            renewed: 0,
+        };
+        match agent.inbound.message().await? {
+            Some(ToAgent::Welcome(welcome)) => Ok((agent, welcome)),
+            other => panic!("no welcome but {other:?}"),
+        }
+    }
+
+    async fn say(&self, message: FromAgent) {
+        self.outbound.send(message).await.unwrap();
+    }
+
+    /// Hears messages until `enough`; panics after the limit.
+    async fn hear(&mut self, what: &str, mut enough: impl FnMut(&Self) -> bool) {
+        while !enough(self) {
+            let message = timeout(LIMIT, self.inbound.message()).await;
+            let message = message.unwrap_or_else(|_| panic!("waited for {what}"));
+            match message.unwrap().unwrap() {
+                ToAgent::Welcome(_) => panic!("welcome twice"),
+                ToAgent::Renewed { sequence } => self.renewed = sequence,
+                ToAgent::Tables(tables) => self.tables.extend(tables),
+                ToAgent::Assignments(assignments) => self.assignments = assignments,
+            }
+        }
+    }
+
+    /// What the cluster must run.
+    fn to_run(&self) -> Vec<InstanceId> {
+        let list = self.assignments.list.iter();
+        list.filter(|it| matches!(it.want, Want::Run(_)))
+            .map(|it| it.id.clone())
+            .collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_on_a_follower_gets_its_tables_and_assignments_also_from_the_next_leader() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [follower, other] = mesh.others(&leader);
+    let (mut agent, welcome) = TestAgent::follow(&mesh, &follower, "edge", None)
+        .await
+        .unwrap();
+    assert_eq!(welcome.lease_ms, 2_000);
+    agent.say(report(Vec::new())).await;
+    agent
+        .hear("the node's table", |it| it.tables.contains_key("n1"))
+        .await;
+    agent.say(FromAgent::Alive { sequence: 7 }).await;
+    agent.hear("the renewal", |it| it.renewed == 7).await;
+
+    assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
+    agent.hear("a run", |it| it.to_run().len() == 1).await;
+    let id = agent.to_run().remove(0);
+    assert_eq!(id.service, "shop/one/web");
+    agent.say(report(vec![running(&id)])).await;
+    wait_for("the binding to be ready", LIMIT, async || {
+        let (_, list): (_, List<Binding>) = mesh.get(&other, "/v1/bindings").await;
+        list.items.iter().any(|binding| binding.phase == "ready")
+    })
+    .await;
+
+    mesh.stop(&leader).await;
+    agent.say(FromAgent::Alive { sequence: 8 }).await;
+    agent
+        .hear("a renewal by the next leader", |it| it.renewed == 8)
+        .await;
+    assert_eq!(apply(&mesh, &other, "two").await.0, StatusCode::OK);
+    agent.hear("two runs", |it| it.to_run().len() == 2).await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_cluster_is_lost_and_comes_back_with_a_new_session() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let (mut agent, first) = TestAgent::follow(&mesh, "a", "edge", None).await.unwrap();
+    let session = Some(first.session);
+    let (_, again) = TestAgent::follow(&mesh, "a", "edge", session)
+        .await
+        .unwrap();
+    assert_eq!(again.session, first.session);
+
+    let state = async || {
+        let (_, list): (_, List<Cluster>) = mesh.get("a", "/v1/clusters").await;
+        list.items[0].state.clone()
+    };
+    assert_eq!(state().await, "ready");
+    wait_for("the cluster to be lost", LIMIT, async || {
+        state().await == "lost"
+    })
+    .await;
+
+    agent.say(report(Vec::new())).await;
+    let ended = loop {
+        match timeout(LIMIT, agent.inbound.message()).await.unwrap() {
+            Ok(Some(_)) => {}
+            ended => break ended,
+        }
+    };
+    assert_eq!(ended.unwrap_err().code(), Code::Aborted);
+    let (_, next) = TestAgent::follow(&mesh, "a", "edge", session)
+        .await
+        .unwrap();
+    assert_ne!(next.session, first.session);
+    assert_eq!(state().await, "ready");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_speaks_only_for_its_own_cluster() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let refused = TestAgent::follow(&mesh, "a", "cloud", None).await;
+    let status = refused.err().unwrap();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
+    assert!(status.message().contains("edge"), "{status:?}");
+    let (_, list): (_, List<Cluster>) = mesh.get("a", "/v1/clusters").await;
+    assert!(list.items.is_empty());
+    mesh.end().await;
+}
