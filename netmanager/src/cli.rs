@@ -12,7 +12,9 @@ use crate::{
     datapath::{HookMode, Sizes, remove_pins},
     follow::Agent,
     links::Links,
+    store::Store,
     tunnel,
+    wireguard::{Config, Tunnels, WireGuard},
 };
 
 /// Makes this node's kernel match its table.
@@ -101,6 +103,12 @@ enum Hook {
 
 #[derive(Debug, Args)]
 struct Remove {
+    /// State directory, as given to `run`; it stays, with the numbers that were given out.
+    #[arg(long, default_value = "/var/lib/weft/node")]
+    state: PathBuf,
+    /// Name of the tunnel device, as given to `run`.
+    #[arg(long, default_value = "weft-tunnel")]
+    tunnel_device: String,
     /// Folder for pins, as given to `run`.
     #[arg(long, default_value = "/sys/fs/bpf/weft")]
     bpffs: PathBuf,
@@ -122,15 +130,7 @@ impl Cli {
                 Ok(())
             }
             Command::Tunnel(options) => Ok(tunnel::run(&options)?),
-            Command::Remove(options) => {
-                remove_pins(&options.bpffs)?;
-                let remove = async {
-                    Links::connect()?
-                        .remove_node(&options.endpoint_device)
-                        .await
-                };
-                Ok(current_thread()?.block_on(remove)?)
-            }
+            Command::Remove(options) => current_thread()?.block_on(options.execute()),
         }
     }
 
@@ -150,6 +150,29 @@ fn current_thread() -> anyhow::Result<runtime::Runtime> {
         .enable_all()
         .build()
         .context("failed to start the runtime")
+}
+
+impl Remove {
+    /// Goes on after an error and reports the first.
+    async fn execute(self) -> anyhow::Result<()> {
+        let _lock = Store::open(&self.state)?;
+        let tunnel = WireGuard::open(Config {
+            name: self.tunnel_device,
+            state: self.state,
+            port: 0,
+            mtu: tunnel::mtu_over(1_500),
+            kind: None,
+            program: PathBuf::from("/proc/self/exe"),
+        });
+        let tunnel = match tunnel {
+            Ok(mut tunnel) => tunnel.remove().await,
+            Err(error) => Err(error),
+        };
+        let node = Links::connect()?.remove_node(&self.endpoint_device).await;
+        remove_pins(&self.bpffs)?;
+        node?;
+        Ok(tunnel?)
+    }
 }
 
 impl Run {

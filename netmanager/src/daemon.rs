@@ -16,7 +16,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{MissedTickBehavior, interval, sleep},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +33,8 @@ use crate::{
 
 mod attach;
 mod node;
+mod prefixes;
+mod report;
 mod tunnels;
 
 use node::Node;
@@ -192,6 +194,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look_at = None;
     loop {
         tokio::select! {
             Some((request, reply)) = asked.recv() => {
@@ -200,11 +203,13 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
             }
             Some(table) = tables.recv() => node.take_table(table).await,
             Ok(()) = links_changed.changed() => {
-                sleep(CALM).await;
-                links_changed.mark_unchanged();
+                look_at.get_or_insert_with(|| Instant::now() + CALM);
+            }
+            () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() => {
+                look_at = None;
                 node.links_changed().await;
             }
-            Ok(()) = device.changed() => node.tunnel_changed().await,
+            Ok(()) = device.changed() => node.reconcile().await,
             () = node.observed() => node.take_sight().await,
             _ = ticks.tick() => node.tick().await,
             _ = terminate.recv() => break,

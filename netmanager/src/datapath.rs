@@ -18,12 +18,16 @@ use crate::plan::{KernelState, Op};
 mod batch;
 mod bpf;
 mod bpffs;
+mod object;
 mod preflight;
 mod raw;
+mod reasons;
 
 pub use batch::FlowTable;
-pub use bpf::{BpfDatapath, HookMode, Options, Reasons, Sizes, remove_pins};
+pub use bpf::{BpfDatapath, HookMode, Options, Sizes};
+pub use bpffs::remove_pins;
 pub use preflight::{Preflight, preflight};
+pub use reasons::Reasons;
 
 /// Which program a link carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,49 +1,31 @@
-//! The node endpoint and its routes, by rtnetlink.
+//! Links, addresses and routes of the host, by rtnetlink.
 //!
-//! ```text
-//!  host process --> weft0 (the addresses) ==veth== weft1 --TCX ingress--> the programs
-//!                     ^ plain redirect into weft1 <-----------------------'
-//!
-//!  rule: to MESH lookup TABLE      table TABLE: MESH via GATEWAY dev weft0 src OWN metric 10
-//!                                               unreachable MESH           metric 1000
-//! ```
-//!
-//! Host processes, host-network pods and probes reach VIPs through it. The gateway is a permanent neighbour
-//! that nobody has to answer for. The guards are routes without a device, so that they stay when the pair is
-//! set down or removed and no packet of the mesh ever leaves by a default route. Everything is idempotent:
-//! [`Links::ensure_node`] adds what is missing and leaves what is right alone.
+//! Reading is here; the node endpoint is made in [`node`].
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use futures::{StreamExt, TryStreamExt};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 use netlink_packet_route::{
     address::AddressAttribute,
-    link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{
-    Handle, IpVersion, LinkUnspec, LinkVeth, MulticastGroup, RouteMessageBuilder, new_connection,
-    new_multicast_connection,
+    Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
 };
 use tokio::{sync::watch, task::JoinHandle};
 
-use crate::{plan::NodeEndpoint, routes::ForeignRoute};
+use crate::routes::ForeignRoute;
 
-/// Our routing table, our rules' priority and our routes' protocol number: "WF", and a number that nobody
-/// registered in `/etc/iproute2/rt_protos`.
-const TABLE: u32 = 0x5746;
-const RULE_PRIORITY: u32 = 5_746;
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(157);
-const METRIC: u32 = 10;
-const GUARD_METRIC: u32 = 1_000;
-/// Next hops that exist as permanent neighbours only (link-local, RFC 3927 and RFC 4291).
-const GATEWAY4: Ipv4Addr = Ipv4Addr::new(169, 254, 87, 70);
-const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x5746);
+mod node;
+
+pub use node::NodeWish;
+use node::PROTOCOL;
+
 /// Errors of the kernel that say "it is there", "there is none".
 const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
@@ -66,25 +48,6 @@ pub enum LinksError {
     /// The pair is not there right after it was made.
     #[error("link {0} is not there: it was removed while it was set up")]
     Gone(String),
-}
-
-/// What the node endpoint should be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeWish {
-    /// The end with the addresses.
-    pub name: String,
-    /// The end with the program.
-    pub peer: String,
-    /// Largest packet, bytes.
-    pub mtu: u32,
-    /// The mesh's IPv6 prefix.
-    pub mesh6: Ipv6Net,
-    /// Its IPv4 prefix.
-    pub mesh4: Option<Ipv4Net>,
-    /// The endpoint's IPv6 address.
-    pub addr6: Ipv6Addr,
-    /// Its IPv4 address.
-    pub addr4: Option<Ipv4Addr>,
 }
 
 /// A link as it is now.
@@ -282,264 +245,6 @@ impl Links {
         }
         Ok(all)
     }
-
-    /// Makes the node endpoint, its routes, rules and guards, or what is missing of them.
-    ///
-    /// # Errors
-    /// When the kernel refuses; what was made so far stays, and calling again goes on.
-    pub async fn ensure_node(&self, wish: &NodeWish) -> Result<NodeEndpoint, LinksError> {
-        self.ensure_guards(wish).await?;
-        let (own, peer) = self.ensure_pair(wish).await?;
-        loosen_reverse_path(&wish.name);
-        self.ensure_addresses(own.ifindex, wish).await?;
-        self.ensure_routes(own.ifindex, peer.mac, wish).await?;
-        Ok(NodeEndpoint {
-            ifindex: peer.ifindex,
-            mac: own.mac,
-            host_mac: peer.mac,
-            addr6: wish.addr6,
-            addr4: wish.addr4,
-        })
-    }
-
-    async fn ensure_pair(&self, wish: &NodeWish) -> Result<(Link, Link), LinksError> {
-        if self.by_name(&wish.name).await?.is_none() {
-            let result = self
-                .handle
-                .link()
-                .add(LinkVeth::new(&wish.name, &wish.peer).mtu(wish.mtu).build())
-                .execute()
-                .await;
-            ignore_existing(result)
-                .map_err(|source| failed(format!("make the veth pair {}", wish.name), source))?;
-        }
-        let mut ends = Vec::with_capacity(2);
-        for name in [&wish.name, &wish.peer] {
-            let gone = || LinksError::Gone(name.clone());
-            let link = self.by_name(name).await?.ok_or_else(gone)?;
-            if !link.is_up || link.mtu != wish.mtu {
-                let change = LinkUnspec::new_with_index(link.ifindex)
-                    .mtu(wish.mtu)
-                    // No link-local address of its own, so no router solicitations into the programs.
-                    .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
-                        vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
-                    )]))
-                    .up()
-                    .build();
-                self.handle
-                    .link()
-                    .set(change)
-                    .execute()
-                    .await
-                    .map_err(|source| failed(format!("set {name} up"), source))?;
-            }
-            ends.push(link);
-        }
-        let peer = ends.pop().expect("two ends were pushed");
-        let own = ends.pop().expect("two ends were pushed");
-        Ok((own, peer))
-    }
-
-    async fn ensure_addresses(&self, ifindex: u32, wish: &NodeWish) -> Result<(), LinksError> {
-        let present: Vec<_> = self
-            .handle
-            .address()
-            .get()
-            .set_link_index_filter(ifindex)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|source| failed(format!("list the addresses of {}", wish.name), source))?;
-        let wanted: Vec<IpAddr> = std::iter::once(wish.addr6.into())
-            .chain(wish.addr4.map(IpAddr::from))
-            .collect();
-        let mut found = Vec::new();
-        for message in present {
-            let address = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Address(address) => Some(*address),
-                    _ => None,
-                });
-            match address {
-                Some(address) if wanted.contains(&address) => found.push(address),
-                Some(IpAddr::V6(address)) if address.is_unicast_link_local() => {}
-                _ => {
-                    let result = self.handle.address().del(message).execute().await;
-                    result.map_err(|source| {
-                        failed(format!("remove an old address from {}", wish.name), source)
-                    })?;
-                }
-            }
-        }
-        for address in wanted
-            .into_iter()
-            .filter(|address| !found.contains(address))
-        {
-            let length = if address.is_ipv4() { 32 } else { 128 };
-            let mut request = self
-                .handle
-                .address()
-                .add(ifindex, address, length)
-                .replace();
-            if address.is_ipv6() {
-                let nodad = netlink_packet_route::address::AddressHeaderFlags::Nodad;
-                request.message_mut().header.flags |= nodad;
-            }
-            request
-                .execute()
-                .await
-                .map_err(|source| failed(format!("give {address} to {}", wish.name), source))?;
-        }
-        Ok(())
-    }
-
-    async fn ensure_routes(
-        &self,
-        ifindex: u32,
-        gateway_mac: [u8; 6],
-        wish: &NodeWish,
-    ) -> Result<(), LinksError> {
-        let routes6 = RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(wish.mesh6.network(), wish.mesh6.prefix_len())
-            .gateway(GATEWAY6)
-            .pref_source(wish.addr6);
-        let mut routes = vec![(IpAddr::from(GATEWAY6), ours(routes6, ifindex))];
-        if let (Some(mesh4), Some(addr4)) = (wish.mesh4, wish.addr4) {
-            let route4 = RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(mesh4.network(), mesh4.prefix_len())
-                .gateway(GATEWAY4)
-                .pref_source(addr4);
-            routes.push((GATEWAY4.into(), ours(route4, ifindex)));
-        }
-        for (gateway, route) in routes {
-            self.handle
-                .neighbours()
-                .add(ifindex, gateway)
-                .link_layer_address(&gateway_mac)
-                .replace()
-                .execute()
-                .await
-                .map_err(|source| failed(format!("make {gateway} a neighbour"), source))?;
-            self.handle
-                .route()
-                .add(route)
-                .replace()
-                .execute()
-                .await
-                .map_err(|source| failed(format!("route the mesh to {}", wish.name), source))?;
-        }
-        Ok(())
-    }
-
-    /// The guards come first and need no device; then the rules that lead to them.
-    async fn ensure_guards(&self, wish: &NodeWish) -> Result<(), LinksError> {
-        let guard6 = RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(wish.mesh6.network(), wish.mesh6.prefix_len());
-        let mut guards = vec![guard(guard6)];
-        if let Some(mesh4) = wish.mesh4 {
-            let guard4 = RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(mesh4.network(), mesh4.prefix_len());
-            guards.push(guard(guard4));
-        }
-        for guard in guards {
-            let result = self.handle.route().add(guard).execute().await;
-            ignore_existing(result).map_err(|source| failed("guard the mesh prefixes", source))?;
-        }
-        let mesh6 = IpNet::V6(wish.mesh6);
-        let wanted: Vec<IpNet> = std::iter::once(mesh6)
-            .chain(wish.mesh4.map(IpNet::V4))
-            .collect();
-        for version in [IpVersion::V4, IpVersion::V6] {
-            self.remove_stale_rules(version, &wanted).await?;
-        }
-        for prefix in wanted {
-            let request = self
-                .handle
-                .rule()
-                .add()
-                .table_id(TABLE)
-                .priority(RULE_PRIORITY);
-            let request = request.action(RuleAction::ToTable);
-            let result = match prefix {
-                IpNet::V4(net) => {
-                    let request = request.v4();
-                    request
-                        .destination_prefix(net.network(), net.prefix_len())
-                        .execute()
-                        .await
-                }
-                IpNet::V6(net) => {
-                    let request = request.v6();
-                    request
-                        .destination_prefix(net.network(), net.prefix_len())
-                        .execute()
-                        .await
-                }
-            };
-            ignore_existing(result)
-                .map_err(|source| failed(format!("make the rule for {prefix}"), source))?;
-        }
-        Ok(())
-    }
-
-    async fn remove_stale_rules(
-        &self,
-        version: IpVersion,
-        wanted: &[IpNet],
-    ) -> Result<(), LinksError> {
-        let rules: Vec<RuleMessage> = self
-            .handle
-            .rule()
-            .get(version)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|source| failed("list rules", source))?;
-        for rule in rules {
-            let is_ours = rule.attributes.contains(&RuleAttribute::Table(TABLE))
-                && rule
-                    .attributes
-                    .contains(&RuleAttribute::Priority(RULE_PRIORITY));
-            let prefix = rule
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    RuleAttribute::Destination(address) => {
-                        IpNet::new(*address, rule.header.dst_len).ok()
-                    }
-                    _ => None,
-                });
-            if is_ours && prefix.is_none_or(|prefix| !wanted.contains(&prefix)) {
-                let result = self.handle.rule().del(rule).execute().await;
-                result.map_err(|source| failed("remove an old rule", source))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes the node endpoint, rules and guards. Goes on after an error and gives the first.
-    ///
-    /// # Errors
-    /// When the kernel refuses for another reason than that there is nothing.
-    pub async fn remove_node(&self, name: &str) -> Result<(), LinksError> {
-        let mut first = Ok(());
-        for version in [IpVersion::V4, IpVersion::V6] {
-            first = first.and(self.remove_stale_rules(version, &[]).await);
-        }
-        for route in self.routes().await? {
-            if route.header.protocol == PROTOCOL && table_of(&route) == TABLE {
-                let result = self.handle.route().del(route).execute().await;
-                first = first.and(result.map_err(|source| failed("remove a route", source)));
-            }
-        }
-        if let Some(link) = self.by_name(name).await? {
-            let result = self.handle.link().del(link.ifindex).execute().await;
-            first = first.and(result.map_err(|source| failed(format!("remove {name}"), source)));
-        }
-        first
-    }
 }
 
 /// Counts up whenever a link or an address of this network namespace changed.
@@ -563,36 +268,6 @@ pub fn watch_links() -> Result<(watch::Receiver<u64>, JoinHandle<()>), LinksErro
         connection.abort();
     });
     Ok((receiver, task))
-}
-
-/// Lets answers come in where the host checks reverse paths strictly. The effective setting is the larger of
-/// all's and the link's, so that the link's own 2 (loose) wins over a strict 1. A read-only /proc/sys is no
-/// failure: the routes are symmetric and pass the strict check too.
-fn loosen_reverse_path(name: &str) {
-    let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
-    let is_loose = fs::read_to_string(&path).is_ok_and(|value| value.trim() == "2");
-    if !is_loose && let Err(error) = fs::write(&path, "2") {
-        tracing::debug!(path, %error, "left rp_filter as it is");
-    }
-}
-
-fn ours<T>(route: RouteMessageBuilder<T>, ifindex: u32) -> RouteMessage {
-    route
-        .table_id(TABLE)
-        .protocol(PROTOCOL)
-        .priority(METRIC)
-        .output_interface(ifindex)
-        .onlink()
-        .build()
-}
-
-fn guard<T>(route: RouteMessageBuilder<T>) -> RouteMessage {
-    route
-        .table_id(TABLE)
-        .protocol(PROTOCOL)
-        .priority(GUARD_METRIC)
-        .kind(RouteType::Unreachable)
-        .build()
 }
 
 fn link_of(message: &LinkMessage) -> Link {
@@ -657,13 +332,6 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.code.map(|code| code.get().abs()),
         _ => None,
-    }
-}
-
-fn ignore_existing(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
-    match result {
-        Err(error) if errno(&error) == Some(EEXIST) => Ok(()),
-        result => result,
     }
 }
 

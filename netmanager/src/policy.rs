@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::addr::Policy;
+use serde::{Deserialize, Serialize};
 
 pub mod maglev;
 
@@ -38,7 +39,7 @@ pub struct Candidate {
 }
 
 /// How this node sees the others.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sight {
     /// Smoothed round-trip time by node number, microseconds.
     pub rtt_us: BTreeMap<u32, u32>,

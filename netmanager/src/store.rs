@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -56,6 +57,8 @@ impl Store {
             move |source| StoreError::File { what, path, source }
         };
         fs::create_dir_all(directory).map_err(failed("create", directory))?;
+        let private = fs::Permissions::from_mode(0o700);
+        fs::set_permissions(directory, private).map_err(failed("protect", directory))?;
         let path = directory.join("lock");
         let lock = OpenOptions::new()
             .create(true)

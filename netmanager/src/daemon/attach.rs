@@ -21,6 +21,8 @@ const CODE_CONFIG: u32 = 7;
 const CODE_TRY_AGAIN: u32 = 11;
 const CODE_NOT_AVAILABLE: u32 = 50;
 const CODE_NOT_ATTACHED: u32 = 100;
+/// How long a reservation may take to be activated, ms: a runtime gives up an ADD long before.
+const RESERVATION_MS: u64 = 60_000;
 
 impl Node {
     /// Answers one request.
@@ -205,7 +207,11 @@ impl Node {
                 return;
             }
         };
-        let oldest = wall_ms().saturating_sub(Self::RESERVATION.as_millis() as u64);
+        let present = links.iter().map(|link| link.ifindex).collect();
+        if let Err(error) = self.parts.datapath.forget_links(&present) {
+            tracing::warn!(error = chain(&error), "failed to forget vanished links");
+        }
+        let oldest = wall_ms().saturating_sub(RESERVATION_MS);
         let is_gone = |attachment: &Attachment| match attachment.host_ifindex {
             Some(ifindex) => !links
                 .iter()

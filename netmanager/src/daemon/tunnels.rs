@@ -1,6 +1,6 @@
 //! Keeps the tunnel device and its peers as the table wants them, beside the loop, because it may wait.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use netmanager_api::table::Table;
 use tokio::{sync::watch, task::JoinSet, time::timeout};
@@ -33,7 +33,7 @@ pub(super) fn spawn(
     tasks: &mut JoinSet<()>,
     settings: &Settings,
     mtu: u16,
-    wanting: watch::Receiver<Option<Table>>,
+    wanting: watch::Receiver<Option<Arc<Table>>>,
     shutdown: CancellationToken,
 ) -> Result<watch::Receiver<Option<Device>>, DaemonError> {
     let tunnels = WireGuard::open(Config {
@@ -53,7 +53,7 @@ pub(super) fn spawn(
 async fn keep(
     mut tunnels: impl Tunnels,
     has_agent: bool,
-    mut wanting: watch::Receiver<Option<Table>>,
+    mut wanting: watch::Receiver<Option<Arc<Table>>>,
     device: watch::Sender<Option<Device>>,
     shutdown: CancellationToken,
 ) {
@@ -62,7 +62,7 @@ async fn keep(
         let table = wanting.borrow_and_update().clone();
         let has_peers = table.as_ref().is_some_and(|table| !table.peers.is_empty());
         if has_agent || has_peers {
-            let result = ensure(&mut tunnels, table.as_ref(), &device).await;
+            let result = ensure(&mut tunnels, table.as_deref(), &device).await;
             let error = result.err().map(|error| chain(&error));
             if let Some(error) = error.as_ref().filter(|_| error != last_error) {
                 tracing::warn!(%error, "the tunnel is not as it should be");

@@ -16,49 +16,31 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, ProgramArray},
+    maps::{Array, HashMap, MapData, MapError, MapInfo, ProgramArray},
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
         tc::{self, NlOptions, TcAttachOptions, TcError, TcHandle},
     },
 };
-use ebpf_common::{
-    layout::{
-        Addr, Backend, Config, Endpoint, Flow, FlowKey, LAYOUT_VERSION, PROGRAM_POD,
-        PROGRAM_TUNNEL, Vip, VipKey,
-    },
-    reason::Reason,
+use ebpf_common::layout::{
+    Addr, Backend, Config, Endpoint, LAYOUT_VERSION, PROGRAM_POD, PROGRAM_TUNNEL, Vip, VipKey,
 };
 use nix::net::if_::if_indextoname;
 
-use super::{Datapath, DatapathError, FlowTable, Hook, bpffs, raw::Raw};
+use super::{
+    Datapath, DatapathError, FlowTable, Hook, Reasons, bpffs,
+    object::{
+        MAPS, check_layout, load, load_program, map_error, map_path, open_map, program_error,
+        take_over_dispatcher,
+    },
+    raw::Raw,
+};
 use crate::plan::{Capacity, KernelState, Op};
-
-/// The kernel programs (`cargo xtask ebpf` builds them).
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../ebpf/prebuilt/weft.bpf.o"
-));
-
-/// Every map, with the bytes of its key and value.
-const MAPS: [(&str, usize, usize); 10] = [
-    ("CONFIG", 4, size_of::<Config>()),
-    ("ENDPOINTS", 4, size_of::<Endpoint>()),
-    ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
-    ("VIPS", size_of::<VipKey>(), size_of::<Vip>()),
-    ("SLOTS", 4, 4),
-    ("BACKENDS", 4, size_of::<Backend>()),
-    ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>()),
-    ("FLOWS_LRU", size_of::<FlowKey>(), size_of::<Flow>()),
-    ("REASONS", 4, 8),
-    ("PROGRAMS", 4, 4),
-];
 
 /// Priority and handle of the classifier where there is no TCX; fixed, so that a restart finds its own.
 const CLSACT_PRIORITY: u16 = 0x5746;
@@ -191,7 +173,7 @@ impl BpfDatapath {
     /// # Errors
     /// When they cannot be opened.
     pub fn reasons(&self) -> Result<Reasons, DatapathError> {
-        open_map(&self.directory, "REASONS").map(Reasons)
+        Reasons::open(&self.directory)
     }
 
     /// The capacity of every map, by its name.
@@ -203,6 +185,27 @@ impl BpfDatapath {
                 Some((name, info.max_entries()))
             })
             .collect()
+    }
+
+    /// Forgets the links of devices that are not in `present`: their pins would stay for ever.
+    ///
+    /// # Errors
+    /// When the pins cannot be listed or removed.
+    pub fn forget_links(&self, present: &BTreeSet<u32>) -> Result<(), DatapathError> {
+        let folder = self.directory.join("links");
+        let failed = |source| DatapathError::File {
+            what: "list",
+            path: folder.clone(),
+            source,
+        };
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let ifindex = entry.file_name().to_string_lossy().parse();
+            if ifindex.is_ok_and(|ifindex| !present.contains(&ifindex)) {
+                bpffs::unpin(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     fn link_pin(&self, ifindex: u32) -> PathBuf {
@@ -377,113 +380,6 @@ impl Datapath for BpfDatapath {
     }
 }
 
-/// Packets by reason, summed over the CPUs.
-pub struct Reasons(PerCpuArray<MapData, u64>);
-
-impl Reasons {
-    /// The count of every reason.
-    ///
-    /// # Errors
-    /// When the map cannot be read.
-    pub fn read(&self) -> Result<Vec<(Reason, u64)>, DatapathError> {
-        Reason::ALL
-            .iter()
-            .map(|&reason| {
-                let counts = self
-                    .0
-                    .get(&(reason as u32), 0)
-                    .map_err(|source| map_error("REASONS", "be read", source))?;
-                Ok((reason, counts.iter().sum()))
-            })
-            .collect()
-    }
-}
-
-/// Loads the object with its maps at their pins.
-fn load(directory: &Path, sizes: Sizes) -> Result<Ebpf, DatapathError> {
-    let mut loader = EbpfLoader::new();
-    for (name, _, _) in MAPS {
-        loader.map_pin_path(name, map_path(directory, name));
-    }
-    loader
-        .map_max_entries("BACKENDS", sizes.backends)
-        .map_max_entries("SLOTS", sizes.slots)
-        .map_max_entries("VIPS", sizes.vips)
-        .map_max_entries("FLOWS", sizes.flows)
-        .map_max_entries("FLOWS_LRU", sizes.flows / 2)
-        .load(OBJECT)
-        .map_err(|source| DatapathError::Load(Box::new(source)))
-}
-
-/// Refuses maps that were pinned with other sizes of keys or values.
-fn check_layout(directory: &Path) -> Result<(), DatapathError> {
-    for (name, key, value) in MAPS {
-        let path = map_path(directory, name);
-        if !path.exists() {
-            continue;
-        }
-        let info =
-            MapInfo::from_pin(&path).map_err(|source| map_error("pinned", "open", source))?;
-        if (info.key_size(), info.value_size()) != (key as u32, value as u32) {
-            return Err(DatapathError::Layout {
-                path,
-                found_key: info.key_size(),
-                found_value: info.value_size(),
-                key: key as u32,
-                value: value as u32,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn load_program<'a>(
-    object: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut SchedClassifier, DatapathError> {
-    let program = object
-        .program_mut(name)
-        .ok_or(DatapathError::Missing(name))?;
-    let program: &mut SchedClassifier = program
-        .try_into()
-        .map_err(|source| program_error("use", name, source))?;
-    program
-        .load()
-        .map_err(|source| program_error("load", name, source))?;
-    Ok(program)
-}
-
-/// The pinned dispatcher if there is one, else the object's, loaded and pinned.
-fn take_over_dispatcher(
-    object: &mut Ebpf,
-    name: &'static str,
-    pin: &Path,
-) -> Result<SchedClassifier, DatapathError> {
-    if !pin.exists() {
-        load_program(object, name)?
-            .pin(pin)
-            .map_err(|source| DatapathError::Pin {
-                path: pin.to_owned(),
-                source,
-            })?;
-    }
-    SchedClassifier::from_pin(pin).map_err(|source| program_error("take over", name, source))
-}
-
-fn map_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join("maps").join(name)
-}
-
-fn open_map<M: TryFrom<Map, Error = MapError>>(
-    directory: &Path,
-    name: &'static str,
-) -> Result<M, DatapathError> {
-    MapData::from_pin(map_path(directory, name))
-        .and_then(Map::from_map_data)
-        .and_then(M::try_from)
-        .map_err(|source| map_error(name, "open", source))
-}
-
 fn entries<K, V, A: Ord, B>(
     name: &'static str,
     all: impl Iterator<Item = Result<(K, V), MapError>>,
@@ -532,18 +428,6 @@ fn link_name(ifindex: u32) -> Result<String, DatapathError> {
         .ok_or(DatapathError::NoLink { ifindex })
 }
 
-fn map_error(map: &'static str, what: &'static str, source: MapError) -> DatapathError {
-    DatapathError::Map { map, what, source }
-}
-
-fn program_error(what: &'static str, name: &'static str, source: ProgramError) -> DatapathError {
-    DatapathError::Program {
-        what,
-        name,
-        source: Box::new(source),
-    }
-}
-
 fn is_enoent(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOENT)
 }
@@ -560,20 +444,4 @@ fn errno_of(error: &TcError) -> Option<i32> {
 fn is_absent(error: &TcError) -> bool {
     matches!(error, TcError::IoError(error) if error.kind() == io::ErrorKind::NotFound)
         || matches!(errno_of(error), Some(libc::ENOENT | libc::EINVAL))
-}
-
-/// Removes what [`BpfDatapath::open`] and [`Datapath::attach`] left pinned; forwarding ends.
-///
-/// # Errors
-/// When the directory cannot be removed.
-pub fn remove_pins(bpffs: &Path) -> Result<(), DatapathError> {
-    let directory = bpffs.join(format!("v{LAYOUT_VERSION}"));
-    match fs::remove_dir_all(&directory) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(DatapathError::File {
-            what: "remove",
-            path: directory,
-            source,
-        }),
-        _ => Ok(()),
-    }
 }

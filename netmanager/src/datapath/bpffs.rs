@@ -2,8 +2,10 @@
 
 use std::{fs, io, path::Path};
 
+use ebpf_common::layout::LAYOUT_VERSION;
 use nix::{
-    mount::{MsFlags, mount},
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
@@ -49,6 +51,34 @@ pub(super) fn unpin(path: &Path) -> Result<(), DatapathError> {
             source,
         }),
         _ => Ok(()),
+    }
+}
+
+/// Removes everything that the daemon pinned, and the file system if it was mounted for that; forwarding
+/// ends.
+///
+/// # Errors
+/// When the pins cannot be removed.
+pub fn remove_pins(path: &Path) -> Result<(), DatapathError> {
+    let directory = path.join(format!("v{LAYOUT_VERSION}"));
+    match fs::remove_dir_all(&directory) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(DatapathError::File {
+                what: "remove",
+                path: directory,
+                source,
+            });
+        }
+        _ => {}
+    }
+    match umount2(path, MntFlags::MNT_DETACH) {
+        // Not a mount point: a folder of a file system that others use too.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(DatapathError::File {
+            what: "unmount",
+            path: path.to_owned(),
+            source: errno.into(),
+        }),
     }
 }
 

@@ -1,0 +1,199 @@
+//! What is said of the node: flows to draining backends, round-trip times, reached backends, endpoints.
+
+use std::{collections::BTreeMap, net::SocketAddrV6};
+
+use ebpf_common::{addr::Mesh6, layout::Addr};
+use netmanager_api::{
+    stream::{DrainingFlows, Hello, InstanceRef, Measured},
+    table::{Backend, BackendState, Protocol, Service, Table},
+};
+
+use super::{monotonic, node::Node};
+use crate::{
+    follow::{Outbox, chain},
+    probe::{Probes, Targets, reach::ReachBy},
+};
+
+/// Pages of 1,024 flows judged in a tick: a bounded share of one CPU. Full maps of the usual size are through
+/// after twelve passes, and after three where somebody waits for a drain.
+const PAGES: usize = 16;
+const PAGES_WHILE_DRAINING: usize = 64;
+/// Where nobody waits, flows are looked at every so many ticks.
+const SWEEP_TICKS: u64 = 5;
+
+impl Node {
+    /// Judges the next flows.
+    pub(super) fn sweep(&mut self) {
+        let is_waited_for = self.draining().next().is_some();
+        if !is_waited_for && !self.ticks.is_multiple_of(SWEEP_TICKS) {
+            return;
+        }
+        let pages = if is_waited_for {
+            PAGES_WHILE_DRAINING
+        } else {
+            PAGES
+        };
+        for _ in 0..pages {
+            match self.janitor.step(&self.have.backends, monotonic()) {
+                Ok(None) => {}
+                Ok(Some(census)) => {
+                    self.parts.gauges.send_modify(|gauges| {
+                        let maps = ["FLOWS", "FLOWS_LRU"].into_iter();
+                        gauges.flows = maps.zip(census.kept.iter().copied()).collect();
+                        gauges.flows_removed += census.removed;
+                    });
+                    self.census = Some(census);
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "failed to look at the flows");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Probes what the table names, from the endpoint that it gives this node. Without probes the node goes on
+    /// and takes every peer for reachable.
+    pub(super) async fn probe(&mut self, table: &Table) {
+        let Some(mesh) = Mesh6::new(table.mesh.prefix6.network().to_bits()) else {
+            return; // Such a table was refused with its addresses.
+        };
+        if self.probes.is_none() {
+            let shutdown = self.parts.shutdown.clone();
+            match Probes::start(mesh, table.node.number, shutdown).await {
+                Ok(probes) => {
+                    let observed = probes.observed();
+                    self.probes = Some((probes, observed));
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "no probes"),
+            }
+        }
+        let Some((probes, _)) = &self.probes else {
+            return;
+        };
+        let mut reach = BTreeMap::new();
+        for service in &table.services {
+            for backend in &service.backends {
+                if backend.state == BackendState::Probing {
+                    reach.insert(instance_of(service, backend), way_to(service, backend));
+                }
+            }
+        }
+        probes.set(Targets {
+            nodes: table.peers.iter().map(|peer| peer.number).collect(),
+            reach,
+        });
+    }
+
+    /// Waits until the probes found something new.
+    pub(super) async fn observed(&mut self) {
+        if let Some((_, observed)) = &mut self.probes
+            && observed.changed().await.is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
+    /// The draining backends, with their index in the kernel.
+    fn draining(&self) -> impl Iterator<Item = (InstanceRef, Option<u32>)> + '_ {
+        let services = self.table.iter().flat_map(|table| &table.services);
+        let backends = services.flat_map(|service| {
+            service
+                .backends
+                .iter()
+                .map(move |backend| (service, backend))
+        });
+        backends
+            .filter(|(_, backend)| backend.state == BackendState::Draining)
+            .map(|(service, backend)| {
+                let addr = Addr::from_v6(backend.addr6.to_bits());
+                let held = self
+                    .have
+                    .backends
+                    .iter()
+                    .find(|(_, held)| held.addr6 == addr);
+                (instance_of(service, backend), held.map(|(index, _)| *index))
+            })
+    }
+
+    /// Tells the agent and the metrics what changed.
+    pub(super) fn publish(&self) {
+        let draining_flows = match &self.census {
+            // Nothing is said before flows were counted: an agent would take silence for zero.
+            None => Vec::new(),
+            Some(census) => self
+                .draining()
+                .map(|(instance, index)| {
+                    let flows = index.and_then(|index| census.by_backend.get(&index).copied());
+                    DrainingFlows {
+                        instance,
+                        flows: flows.unwrap_or(0),
+                    }
+                })
+                .collect(),
+        };
+        let measured = Measured {
+            rtt_us: self.sight.rtt_us.clone(),
+            unreachable: self.sight.unreachable.iter().copied().collect(),
+            reached: self.reached.iter().cloned().collect(),
+            draining_flows,
+        };
+        let hello = self.hello();
+        let endpoints = self.attachments.endpoints();
+        let applied = self.parts.outbox.borrow().applied;
+        self.parts.gauges.send_modify(|gauges| {
+            gauges.endpoints = endpoints.len() as u64;
+            gauges.vips = self.have.vips.len() as u64;
+            gauges.applied_index = applied.map_or(0, |revision| revision.index);
+            if gauges.map_sizes.is_empty() {
+                gauges.map_sizes = self.parts.datapath.map_sizes();
+            }
+        });
+        self.parts.outbox.send_if_modified(|outbox| {
+            let now = Outbox {
+                hello,
+                endpoints,
+                measured,
+                applied,
+            };
+            let is_new = *outbox != now;
+            *outbox = now;
+            is_new
+        });
+    }
+
+    fn hello(&self) -> Option<Hello> {
+        let device = self.parts.device.borrow();
+        let device = device.as_ref()?;
+        Some(Hello {
+            node: self.parts.settings.node.clone(),
+            public_key: device.public_key.to_string(),
+            tunnel_port: device.port,
+            underlay: self.parts.underlay.clone(),
+            applied: None,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        })
+    }
+}
+
+fn instance_of(service: &Service, backend: &Backend) -> InstanceRef {
+    InstanceRef {
+        service: service.name.clone(),
+        instance: backend.instance,
+        epoch: backend.epoch,
+    }
+}
+
+/// By its first TCP port; a service without one must answer an echo.
+fn way_to(service: &Service, backend: &Backend) -> ReachBy {
+    let tcp = service
+        .ports
+        .iter()
+        .find(|port| port.protocol == Protocol::Tcp);
+    match tcp {
+        Some(port) => ReachBy::Tcp(SocketAddrV6::new(backend.addr6, port.target_port, 0, 0)),
+        None => ReachBy::Echo(backend.addr6),
+    }
+}
