@@ -99,6 +99,7 @@ impl LeadClient {
     /// Follows leads until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut pause = SHORTEST_PAUSE;
+        let mut failures = 0;
         let mut next = random() as usize;
         loop {
             let lead = self.leads[next % self.leads.len()];
@@ -111,9 +112,15 @@ impl LeadClient {
                 return;
             }
             let cause = std::error::Error::source(&parting).map(chain);
-            tracing::warn!(%lead, reason = %parting, cause, "parted from a lead");
+            // While all are away: one line per lead, and then silence until there is news.
+            if welcomed || failures < self.leads.len() {
+                tracing::warn!(%lead, reason = %parting, cause, "parted from a lead");
+            } else {
+                tracing::debug!(%lead, reason = %parting, cause, "parted from a lead");
+            }
+            failures += 1;
             if welcomed {
-                pause = SHORTEST_PAUSE;
+                (pause, failures) = (SHORTEST_PAUSE, 0);
                 if self.events.send(Event::Parted).await.is_err() {
                     return;
                 }
@@ -334,7 +341,9 @@ async fn connect(
 /// An error with all its causes, in one line.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    let texts: Vec<String> = causes.map(ToString::to_string).collect();
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
+    // Wrappers that add nothing, or quote their source.
+    texts.dedup_by(|text, before| before.ends_with(text.as_str()));
     texts.join(": ")
 }
 
