@@ -562,7 +562,7 @@ fn history() -> impl Strategy<Value = Vec<(u64, Command)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_is_applied_alike_by_every_replica(history in history()) {

@@ -4,7 +4,7 @@
 //!  energy       vCPU x W/vCPU x gCO2/kWh            x 10 EUR/kg
 //!  cost         vCPU x price + GiB x price + egress GiB x price
 //!  latency      calls/s x RTT = callers that wait   x 0.02 EUR/h each
-//!  performance  vCPU x utilisation after            x 0.04 EUR/h
+//!  performance  vCPU x (utilisation after + other slots of the service there) x 0.04 EUR/h
 //! ```
 //!
 //! Weights exchange one part for another: each part is multiplied by its share of the weights (times four, so
@@ -23,7 +23,8 @@ use crate::{
 const GRAM_UEUR: u128 = 10_000;
 /// What a caller that waits for an hour counts, micro-EUR: half a vCPU.
 const WAITING_UEUR_H: u128 = 20_000;
-/// What a vCPU in a fully booked cluster counts, micro-EUR per hour: its rent once more.
+/// What a vCPU in a fully booked cluster counts, micro-EUR per hour: its rent once more. The same for each other
+/// slot of the service in that cluster: they would be lost together.
 const CROWDED_UEUR_H: u128 = 40_000;
 /// What is assumed of a distance that nobody measured, microseconds: farther than most.
 const UNMEASURED_US: u32 = 200_000;
@@ -84,6 +85,8 @@ impl View<'_> {
             .checked_div(u128::from(room.capacity.cpu_milli))
             .unwrap_or(1000)
             .min(1000);
+        let others = self.others(slot).filter(|other| *other == name);
+        let together = others.count() as u128;
         let micro_grams_h = cpu_milli
             .saturating_mul(u128::from(facts.cpu_power_mw))
             .saturating_mul(u128::from(facts.carbon_g_kwh))
@@ -108,7 +111,7 @@ impl View<'_> {
             cost: weigh(cpu + memory, rates.cost),
             latency: weigh(waiting_us * WAITING_UEUR_H / 1_000_000, rates.latency),
             performance: weigh(
-                cpu_milli * CROWDED_UEUR_H * permille / 1_000_000,
+                cpu_milli * CROWDED_UEUR_H * (permille + 1000 * together) / 1_000_000,
                 rates.performance,
             ),
         }

@@ -154,7 +154,7 @@ fn build(clusters: Vec<(u64, u64)>, text: &str) -> World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
 
     #[test]
     fn every_answer_keeps_every_hard_constraint((clusters, text) in any_problem()) {

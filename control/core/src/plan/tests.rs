@@ -1,7 +1,8 @@
 use super::*;
 use crate::{
     command::Applied,
-    world::{SHOP, World, name, service, slot},
+    report::Tier,
+    world::{SHOP, World, facts, name, service, slot},
 };
 
 fn shop() -> World {
@@ -53,6 +54,46 @@ fn a_goal_change_moves_services_make_before_break() {
     assert_eq!(world.running("cloud"), 1);
     world.settle();
     assert!(steps >= 10, "flows are drained until the deadline");
+}
+
+/// The example of the book shop in clusters of its lab's prices.
+#[test]
+fn the_book_shop_moves_to_its_users_without_a_gap() {
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../examples/bookinfo/bookinfo.yaml"
+    );
+    let yaml = std::fs::read_to_string(file).unwrap();
+    let mut world = World::empty();
+    for (cluster, tier, price, carbon) in [
+        ("cloud", Tier::Cloud, 20_000, 320),
+        ("fog", Tier::Fog, 45_000, 210),
+        ("edge", Tier::Edge, 90_000, 110),
+    ] {
+        let mut facts = facts(tier, price);
+        (facts.cpu_power_mw, facts.carbon_g_kwh) = (5_000, carbon);
+        world.join(cluster, facts);
+    }
+    world.run(2);
+    world.apply(&yaml).unwrap();
+    world.settle();
+    let page = "shop/bookinfo/productpage";
+    assert_eq!(world.backends(page), ["cloud", "cloud"]);
+    let nearer = yaml.replace("cost: 8, latency: 1", "cost: 1, latency: 8");
+    assert_ne!(nearer, yaml);
+    world.apply(&nearer).unwrap();
+    let services: Vec<_> = world.kb.services.keys().cloned().collect();
+    for _ in 0..60 {
+        world.step();
+        for service in &services {
+            assert!(
+                !world.backends(&service.to_string()).is_empty(),
+                "{service}"
+            );
+        }
+    }
+    world.settle();
+    assert!(!world.backends(page).contains(&"cloud".to_owned()));
 }
 
 #[test]
