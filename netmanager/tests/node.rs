@@ -22,11 +22,11 @@ use weft_tests::wait_for;
 mod machine;
 #[path = "node/mesh.rs"]
 mod mesh;
+#[path = "node/traffic.rs"]
+mod traffic;
 
-use machine::{
-    AT_ONCE, Node, SOON, UNLINKED4, VIP4, call, datagram, echo, failure, ping, table, unlinked6,
-    vip6,
-};
+use machine::{AT_ONCE, Node, SOON, UNLINKED4, VIP4, table, unlinked6, vip6};
+use traffic::{call, datagram, echo, failure, ping};
 
 fn a_vip_is_served(label: &str, args: &[&str]) {
     let node = Node::start(label, args);
@@ -261,5 +261,58 @@ fn what_cannot_be_is_refused_by_name() {
     assert!(
         said.contains("another process serves the CNI socket"),
         "{said}"
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_node_whose_ipv4_prefix_is_taken_goes_on_by_ipv6() {
+    let mut node = Node::prepare("only6", &[]);
+    node.netns
+        .ip("link add taken type veth peer name taken1")
+        .unwrap();
+    for device in ["taken", "taken1"] {
+        node.netns.ip(&format!("link set {device} up")).unwrap();
+    }
+    node.netns.ip("route add 10.20.0.0/16 dev taken").unwrap();
+    node.run_ready();
+    let (client, server) = (node.attach("c"), node.attach("s"));
+    assert_eq!((client.reserved.addr4, client.reserved.mesh4), (None, None));
+    server.serve("server");
+    node.follow(&table(2, vec![server.backend(0, Ready)]));
+    assert_eq!(call(&client.netns, vip6()).unwrap().1, "server");
+    let log = node.log();
+    assert!(
+        log.contains("10.16.0.0/12 collides") && log.contains("10.20.0.0/16 on taken"),
+        "{log}"
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_node_that_is_removed_leaves_nothing_in_the_kernel() {
+    let mut node = Node::start("leave", &[]);
+    node.kill();
+    let output = node.netns.output(&mut node.removal()).unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let left = [
+        node.netns.ip("-o link").unwrap(),
+        node.netns.ip("rule").unwrap(),
+        node.netns.ip("-6 rule").unwrap(),
+        node.netns.ip("route show table all proto 157").unwrap(),
+        node.netns.ip("-6 route show table all proto 157").unwrap(),
+    ]
+    .concat();
+    for trace in ["weft", "22342", "proto 157"] {
+        assert!(!left.contains(trace), "{left}");
+    }
+    assert_eq!(
+        std::fs::read_dir(node.path("bpf")).unwrap().count(),
+        0,
+        "the pins are gone"
     );
 }

@@ -3,14 +3,13 @@
 
 use std::{
     fs,
-    io::{self, BufRead, BufReader, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd,
+    io::{self, BufRead, BufReader, Write},
+    net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use ebpf_common::addr::{Mesh4, Mesh6, Name4, Name6, Policy};
@@ -23,14 +22,7 @@ use netmanager_api::{
 };
 use nix::{
     mount::{MntFlags, umount2},
-    sys::{
-        signal::{Signal, kill},
-        socket::{
-            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, connect,
-            recv, send, setsockopt, socket, sockopt::ReceiveTimeout,
-        },
-        time::TimeVal,
-    },
+    sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use tempfile::TempDir;
@@ -182,12 +174,8 @@ impl Node {
     /// The daemon's command line, with `state` as its state directory.
     pub(crate) fn command(&self, state: &Path, socket: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
-        let device = format!(
-            "wn{}",
-            self.netns.name().replace(|c: char| !c.is_ascii_digit(), "")
-        );
         command
-            .args(["run", "--node", "n1", "--tunnel-device", &device])
+            .args(["run", "--node", "n1", "--tunnel-device", &self.device()])
             .arg("--table")
             .arg(self.path("table.json"))
             .arg("--state")
@@ -209,6 +197,24 @@ impl Node {
             ])
             .args(&self.args);
         command
+    }
+
+    /// The command line that takes the node out of the mesh.
+    pub(crate) fn removal(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
+        command
+            .args(["remove", "--tunnel-device", &self.device()])
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--bpffs")
+            .arg(self.path("bpf"));
+        command
+    }
+
+    /// A name that no other test's tunnel has.
+    fn device(&self) -> String {
+        let digits = self.netns.name().chars().filter(char::is_ascii_digit);
+        digits.fold("wn".to_owned(), |name, digit| format!("{name}{digit}"))
     }
 
     pub(crate) fn run(&mut self) {
@@ -433,84 +439,5 @@ impl Pod {
                 }
             }
         });
-    }
-}
-
-/// A connection from `netns`, and who greets at its other end.
-pub(crate) fn call(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<(TcpStream, String)> {
-    let to = SocketAddr::new(to.into(), 80);
-    let mut stream = netns.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(3)))?;
-    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-    stream.set_nodelay(true)?;
-    let mut greeting = Vec::new();
-    let mut byte = [0];
-    while byte != *b"\n" {
-        stream.read_exact(&mut byte)?;
-        greeting.extend(byte);
-    }
-    Ok((stream, String::from_utf8_lossy(&greeting).trim().to_owned()))
-}
-
-/// Sends bytes over a connection and reads them back.
-pub(crate) fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
-    stream.write_all(bytes)?;
-    let mut back = vec![0; bytes.len()];
-    stream.read_exact(&mut back)?;
-    assert_eq!(back, bytes);
-    Ok(())
-}
-
-/// Sends a datagram to port 53 and reads it back.
-pub(crate) fn datagram(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
-    let to = SocketAddr::new(to.into(), 53);
-    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let socket = netns.run(|| UdpSocket::bind(any))?;
-    socket.set_read_timeout(Some(Duration::from_secs(3)))?;
-    socket.connect(to)?;
-    socket.send(b"question")?;
-    let mut back = [0; 16];
-    let length = socket.recv(&mut back)?;
-    assert_eq!(&back[..length], b"question");
-    Ok(())
-}
-
-/// An ICMP echo.
-pub(crate) fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
-    let to = SocketAddr::new(to.into(), 0);
-    let (family, protocol, request, answer) = if to.is_ipv4() {
-        (AddressFamily::Inet, SockProtocol::Icmp, 8u8, 0u8)
-    } else {
-        (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 129)
-    };
-    netns
-        .sysctl("ipv4.ping_group_range", "0 2147483647")
-        .unwrap();
-    let socket = netns.run(|| {
-        socket(
-            family,
-            SockType::Datagram,
-            SockFlag::empty(),
-            Some(protocol),
-        )
-    })?;
-    setsockopt(&socket, ReceiveTimeout, &TimeVal::new(3, 0))?;
-    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
-    send(
-        socket.as_raw_fd(),
-        &[request, 0, 0, 0, 0, 0, 0, 1, b'w'],
-        MsgFlags::empty(),
-    )?;
-    let mut back = [0; 64];
-    let length = recv(socket.as_raw_fd(), &mut back, MsgFlags::empty())?;
-    assert_eq!((back[0], length), (answer, 9));
-    Ok(())
-}
-
-/// How long `work` takes to fail, and its error.
-pub(crate) fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error) {
-    let start = Instant::now();
-    match work() {
-        Ok(_) => panic!("it succeeded"),
-        Err(error) => (start.elapsed(), error),
     }
 }

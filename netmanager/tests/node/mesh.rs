@@ -16,7 +16,10 @@ use netmanager_api::table::{
 use weft_netmanager::{tunnel::key_path, wireguard::key::PrivateKey};
 use weft_tests::{topology::pair, wait_for};
 
-use super::machine::{Node, Pod, SOON, block4, call, datagram, echo, ping, table_of, vip};
+use super::{
+    machine::{Node, Pod, SOON, block4, table_of, vip},
+    traffic::{call, datagram, echo, ping},
+};
 
 /// In a namespace of its own, any port is free.
 const PORT: u16 = 27_460;
