@@ -6,7 +6,7 @@ use ebpf_common::{
 };
 
 use crate::{
-    address::Name,
+    address::{self, Name},
     header::{ETH_P_IP, ETH_P_IPV6, ETHERNET_LEN, Ethernet, TCP_LEN, UDP_LEN},
     maps,
     parse::{Family, Kind, Packet},
@@ -20,15 +20,17 @@ pub(crate) enum Way {
     Tunnel,
 }
 
-/// The way to `address`, whose name is `name`.
+/// The way to an endpoint address.
 #[inline(always)]
-pub(crate) fn way(config: &Config, address: &Addr, name: Name) -> Result<Way, Reason> {
-    match maps::local(address) {
-        Some(endpoint) => Ok(Way::Local(endpoint)),
-        None if name == (Name::Endpoint { here: true }) || config.tunnel_ifindex == 0 => {
-            Err(Reason::NoEndpoint)
-        }
-        None => Ok(Way::Tunnel),
+pub(crate) fn way(config: &Config, family: Family, address: &Addr) -> Result<Way, Reason> {
+    if let Some(endpoint) = maps::local(address) {
+        return Ok(Way::Local(endpoint));
+    }
+    let here = address::name(config, family, address) == (Name::Endpoint { here: true });
+    if here || config.tunnel_ifindex == 0 {
+        Err(Reason::NoEndpoint)
+    } else {
+        Ok(Way::Tunnel)
     }
 }
 

@@ -33,8 +33,8 @@ pub(crate) fn translate(
     config: &Config,
     packet: &mut Packet,
 ) -> Result<Option<()>, Reason> {
-    skb.pull_quote();
     let quote = l2 + packet.family.len() + ICMP_LEN;
+    skb.pull(quote + packet.family.len() + ICMP_LEN);
     packet.quoted = packet.key;
     let inner = read(skb, quote, packet.family, &mut packet.quoted).ok_or(Reason::Malformed)?;
     let found = match flow::find(&packet.quoted) {

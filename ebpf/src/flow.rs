@@ -102,16 +102,16 @@ pub(crate) fn reverse_key(config: &Config, key: &FlowKey, flow: &Flow) -> FlowKe
     }
 }
 
-/// The key of the forward entry of the flow with this reverse entry; `own` is the endpoint that a hairpin came from.
+/// The key of the forward entry of the flow with this reverse entry; `sender` is the endpoint that a hairpin came from.
 #[inline(always)]
-fn forward_key(key: &FlowKey, flow: &Flow, own: u32) -> FlowKey {
+fn forward_key(key: &FlowKey, flow: &Flow, sender: u32) -> FlowKey {
     let hairpin = flow.flags & FLOW_HAIRPIN != 0;
     FlowKey {
         src: if hairpin { key.src } else { key.dst },
         dst: flow.addr,
         sport_be: flow.client_port_be,
         dport_be: flow.port_be,
-        endpoint: if hairpin { own } else { key.endpoint },
+        endpoint: if hairpin { sender } else { key.endpoint },
         proto: key.proto,
         direction: FLOW_FORWARD,
         pad: 0,
@@ -154,17 +154,16 @@ pub(crate) fn promote(config: &Config, key: &FlowKey, forward: Entry) -> Result<
 
 /// Notes a FIN or RST on both entries; a connection that is over leaves `FLOWS`.
 #[inline(always)]
-fn close(key: &FlowKey, partner_key: &FlowKey, bits: u32) {
-    let (Some(own), Some(partner)) = (find(key), find(partner_key)) else {
+fn close(key: &FlowKey, own: Found, partner_key: &FlowKey, bits: u32) {
+    own.entry.set(bits);
+    let Some(partner) = find(partner_key) else {
         return;
     };
-    own.entry.set(bits);
     partner.entry.set(bits);
-    if !is_over(own.entry.flags()) {
-        return;
+    if is_over(own.entry.flags()) {
+        settle(key, own);
+        settle(partner_key, partner);
     }
-    settle(key, own);
-    settle(partner_key, partner);
 }
 
 /// Moves one entry of a connection that is over out of `FLOWS`.
@@ -186,16 +185,16 @@ fn settle(key: &FlowKey, found: Found) {
 
 /// Notes the end of the client's direction.
 #[inline(never)]
-pub(crate) fn close_forward(config: &Config, packet: &Packet, flow: &Flow) {
-    let partner = reverse_key(config, &packet.key, flow);
-    close(&packet.key, &partner, ending(packet, FLOW_FIN_CLIENT));
+pub(crate) fn close_forward(config: &Config, packet: &Packet, own: Found) {
+    let partner = reverse_key(config, &packet.key, own.entry.flow());
+    close(&packet.key, own, &partner, ending(packet, FLOW_FIN_CLIENT));
 }
 
 /// Notes the end of the backend's direction.
 #[inline(never)]
-fn close_reverse(packet: &Packet, flow: &Flow, own: u32) {
-    let partner = forward_key(&packet.key, flow, own);
-    close(&packet.key, &partner, ending(packet, FLOW_FIN_BACKEND));
+fn close_reverse(packet: &Packet, own: Found, sender: u32) {
+    let partner = forward_key(&packet.key, own.entry.flow(), sender);
+    close(&packet.key, own, &partner, ending(packet, FLOW_FIN_BACKEND));
 }
 
 #[inline(always)]
@@ -208,23 +207,23 @@ const fn ending(packet: &Packet, fin: u32) -> u32 {
 }
 
 /// Decides what a backend's packet is to the endpoint `client`; `None` where it belongs to no translated flow.
-/// `own` is the number of the endpoint that it comes from, 0 for the tunnel.
+/// `sender` is the number of the endpoint that it comes from, 0 for the tunnel.
 #[inline(always)]
-pub(crate) fn undo(packet: &mut Packet, client: u32, own: u32) -> Option<()> {
+pub(crate) fn undo(packet: &mut Packet, client: u32, sender: u32) -> Option<()> {
     packet.key.direction = FLOW_REVERSE;
     packet.key.endpoint = client;
-    let Found { entry, .. } = find(&packet.key)?;
-    let flow = entry.flow();
+    let found = find(&packet.key)?;
+    let entry = found.entry;
+    packet.to = undone(&packet.key, entry.flow());
     if packet.kind == Kind::Tcp {
         if packet.accepts() {
             entry.set(FLOW_SYN_ACK);
         }
         if packet.closes() {
-            close_reverse(packet, flow, own);
+            close_reverse(packet, found, sender);
         }
     }
     entry.touch();
-    packet.to = undone(&packet.key, flow);
     Some(())
 }
 

@@ -10,7 +10,7 @@ use crate::{
     address::{self, Name},
     deliver::{self, Way},
     error, flow,
-    header::ETHERNET_LEN,
+    header::{ETHERNET_LEN, TCP_LEN},
     maps,
     parse::{Family, Kind, Packet},
     skb::Skb,
@@ -22,8 +22,8 @@ use crate::{
 pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
     let config = maps::config()?;
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::SpoofedSource)?;
-    skb.pull_headers();
     let family = Family::of_frame(skb)?;
+    skb.pull(ETHERNET_LEN + family.len() + TCP_LEN);
     let packet = maps::scratch()?;
     packet.read(skb, ETHERNET_LEN, family)?;
     if packet.key.src != own_address(endpoint, family) {
@@ -35,19 +35,17 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
             packet.key.direction = FLOW_FORWARD;
             packet.key.endpoint = endpoint.number;
             error::translate(skb, ETHERNET_LEN, config, packet)?.ok_or(Reason::NoFlow)?;
-            let name = address::name(config, family, &packet.to.dst);
-            let way = deliver::way(config, &packet.to.dst, name)?;
+            let way = deliver::way(config, family, &packet.to.dst)?;
             deliver::frame(skb, config, way)
         }
         Name::Vip(policy) => {
             vip::resolve(config, endpoint, packet, policy)?;
-            let name = address::name(config, family, &packet.to.dst);
-            let way = deliver::way(config, &packet.to.dst, name)?;
+            let way = deliver::way(config, family, &packet.to.dst)?;
             deliver::fits(skb, config, packet, way)?;
             translate::translate(skb, ETHERNET_LEN, packet)?;
             deliver::frame(skb, config, way)
         }
-        name => to_endpoint(skb, config, endpoint, packet, name),
+        Name::Endpoint { .. } => to_endpoint(skb, config, endpoint, packet),
     }
 }
 
@@ -58,9 +56,8 @@ fn to_endpoint(
     config: &Config,
     endpoint: &Endpoint,
     packet: &mut Packet,
-    name: Name,
 ) -> Result<i32, Reason> {
-    let way = deliver::way(config, &packet.key.dst, name)?;
+    let way = deliver::way(config, packet.family, &packet.key.dst)?;
     if let (Way::Local(receiver), Kind::IcmpError) = (way, packet.kind) {
         packet.key.direction = FLOW_REVERSE;
         packet.key.endpoint = receiver.number;

@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use ebpf_common::reason::Reason;
 
-use crate::header::{Ethernet, ICMP_LEN, IPV6_LEN, Icmp, Ipv4, Ipv6, TCP_LEN, Tcp, Udp};
+use crate::header::{Ethernet, Icmp, Ipv4, Ipv6, Tcp, Udp};
 
 /// Plain data that every byte pattern is a value of.
 ///
@@ -50,11 +50,6 @@ pub(crate) enum Covers {
 
 /// `pkt_type` of a frame that is for this host (`PACKET_HOST`, linux/if_packet.h).
 const PACKET_HOST: u32 = 0;
-/// The deepest header that is read directly: Ethernet, IPv6, TCP, and the start of what an ICMP error quotes.
-const DEEPEST: u32 = 14 + (IPV6_LEN + ICMP_LEN + IPV6_LEN + ICMP_LEN) as u32;
-/// The deepest header of packets that are no ICMP error.
-const DEEPEST_PLAIN: u32 = 14 + (IPV6_LEN + TCP_LEN) as u32;
-
 /// The packet at hand.
 pub(crate) struct Skb(TcContext);
 
@@ -107,20 +102,11 @@ impl Skb {
         Some(unsafe { &mut *(start as *mut T) })
     }
 
-    /// Makes the headers linear where they are not.
+    /// Makes `depth` bytes from the first header on linear, or all where there are fewer. Pulling more than the
+    /// headers would copy the head of every packet whose payload is in fragments.
     #[inline(always)]
-    pub(crate) fn pull_headers(&mut self) {
-        self.pull(DEEPEST_PLAIN);
-    }
-
-    /// Makes the headers and a quoted packet's headers linear where they are not.
-    #[inline(always)]
-    pub(crate) fn pull_quote(&mut self) {
-        self.pull(DEEPEST);
-    }
-
-    #[inline(always)]
-    fn pull(&mut self, depth: u32) {
+    pub(crate) fn pull(&mut self, depth: usize) {
+        let depth = depth as u32;
         let want = if self.len() < depth {
             self.len()
         } else {

@@ -4,7 +4,9 @@ use ebpf_common::{layout::FLOW_REVERSE, reason::Reason};
 
 use crate::{
     address::{self, Name},
-    deliver, error, flow, maps,
+    deliver, error, flow,
+    header::TCP_LEN,
+    maps,
     parse::{Family, Kind},
     skb::Skb,
     translate,
@@ -14,8 +16,8 @@ use crate::{
 #[inline(always)]
 pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
     let config = maps::config()?;
-    skb.pull_headers();
     let family = Family::of_packet(skb)?;
+    skb.pull(family.len() + TCP_LEN);
     let packet = maps::scratch()?;
     packet.read(skb, 0, family)?;
     if address::name(config, family, &packet.key.src) != (Name::Endpoint { here: false })

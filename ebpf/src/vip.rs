@@ -42,7 +42,10 @@ pub(crate) fn resolve(
                 Ok(())
             }
             Some(found) => {
-                flow::forget(config, &packet.key, found.entry.flow());
+                // What is over may stay until it is written over.
+                if found.table == Table::Established || !flow::is_over(found.entry.flags()) {
+                    flow::forget(config, &packet.key, found.entry.flow());
+                }
                 open(config, packet, policy)
             }
             None => open(config, packet, policy),
@@ -71,7 +74,9 @@ fn segment(config: &Config, packet: &mut Packet, found: Found) -> Result<(), Rea
     // Read before the connection is closed: its entry may be another's afterwards.
     translate_to(config, packet, found.entry);
     if packet.closes() {
-        flow::close_forward(config, packet, flow);
+        // It may have moved just now.
+        let found = flow::find(&packet.key).ok_or(Reason::Internal)?;
+        flow::close_forward(config, packet, found);
     }
     Ok(())
 }
@@ -166,7 +171,7 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
     flow.addr = address;
     flow.port_be = vip.target_port_be;
     flow.client_port_be = key.dport_be;
-    if Table::Recent.put(&packet.key, &flow) {
+    if write(&packet.key, &flow) {
         packet.to = flow::translated(config, &packet.key, &flow);
         Ok(())
     } else {
@@ -290,14 +295,25 @@ fn claim(key: &FlowKey, reverse: &Flow) -> bool {
     if key.proto == PROTO_TCP && Table::Established.get(key).is_some() {
         return false;
     }
-    if Table::Recent.claim(key, reverse) {
-        return true;
-    }
     match Table::Recent.get(key) {
         Some(owner) if is_ours(owner.flow(), reverse) || flow::is_over(owner.flags()) => {
-            Table::Recent.put(key, reverse)
+            owner.replace(reverse);
+            true
         }
-        _ => false,
+        Some(_) => false,
+        None => Table::Recent.claim(key, reverse),
+    }
+}
+
+/// Writes a forward entry, over an old one where there is one; false when the table is full.
+#[inline(always)]
+fn write(key: &FlowKey, flow: &Flow) -> bool {
+    match Table::Recent.get(key) {
+        Some(old) => {
+            old.replace(flow);
+            true
+        }
+        None => Table::Recent.put(key, flow),
     }
 }
 

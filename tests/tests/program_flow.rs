@@ -141,6 +141,26 @@ fn a_syn_never_trusts_an_old_flow() {
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_port_that_is_used_again_after_its_connection_closed_goes_where_new_flows_go() {
+    for family in Family::BOTH {
+        let mut stage = Stage::default();
+        for (isn, backend) in [(100, 3), (5000, 3), (9000, 4), (100, 4)] {
+            point_to(&mut stage, backend);
+            assert_eq!(connect(&mut stage, family, 1, isn), backend, "{isn}");
+            assert_eq!(stage.node.flows("FLOWS").len(), 2);
+            let fin = segment(family, 1, FIN | ACK, isn + 1);
+            stage.deliver(CLIENT, &fin);
+            let from = (endpoint_address(family, NODE, backend), TARGET);
+            let fin = Packet::tcp(from, client(family, 1), FIN | ACK, 10, isn + 2);
+            let (_, heard) = stage.deliver(backend, &fin);
+            assert_eq!(heard.sport, PORT);
+            assert_eq!(stage.node.flows("FLOWS"), []);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn a_flow_to_a_removed_backend_is_reset_and_forgotten() {
     for family in Family::BOTH {
         for gone in [

@@ -382,16 +382,16 @@ fn no_bytes_reach_anyone_but_as_a_right_packet_of_their_sender() {
     ];
     let changes = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
     proptest!(ProptestConfig::with_cases(512), |(base in base, changes in changes)| {
-        let mut bytes = base.clone();
+        let mut frame = framed(&base);
         for (at, value) in &changes {
-            let at = at.index(bytes.len());
-            bytes[at] = *value;
+            let at = 14 + at.index(base.len());
+            frame[at] = *value;
         }
         let mut stage = stage.borrow_mut();
-        let outcome = stage.node.from_pod(&Stage::endpoint(CLIENT), &framed(&bytes));
+        let outcome = stage.node.from_pod(&Stage::endpoint(CLIENT), &frame);
         prop_assert!(outcome.action == DROPPED || outcome.action == REDIRECTED);
         // What was right before is right after; what was wrong is not put right.
-        if outcome.action == REDIRECTED && Packet::parse(&bytes).is_ok() {
+        if outcome.action == REDIRECTED && Packet::parse(&frame[14..]).is_ok() {
             let out = Packet::parse(&outcome.bytes[14..]);
             prop_assert!(out.is_ok(), "{:?}", out);
         }
