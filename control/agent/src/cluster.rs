@@ -35,6 +35,8 @@ use crate::{
 pub struct Charge {
     /// The cluster's session.
     pub session: Option<u64>,
+    /// How long a lease is.
+    pub lease: Option<Duration>,
     /// The newest orders; `None` before the first.
     pub orders: Option<Assignments>,
 }
@@ -103,6 +105,7 @@ impl Cluster {
     pub fn welcomed(&mut self, welcome: Welcome, sent: Instant) {
         let before = self.charge.session.replace(welcome.session);
         self.cut_off |= before.is_some_and(|before| before != welcome.session);
+        self.charge.lease = Some(welcome.lease());
         self.lease_ends = self.lease_ends.max(Some(sent + welcome.lease()));
         self.contact = Contact::AwaitsOrders;
     }
@@ -194,6 +197,7 @@ impl Cluster {
             seen: &self.seen,
             started: self.started,
             lease_ends: self.lease_ends,
+            lease: self.charge.lease,
             contact: self.contact,
             cut_off: self.cut_off,
             now,

@@ -6,8 +6,8 @@
 //!
 //! Rules: stops come first, and after a contact that was broken nothing starts before they are done (I7). An
 //! instance whose node is away is placed on another node of the cluster with the same epoch only after the
-//! driver says that nothing of it is left. An instance that has one writer ends with the lease. What no order
-//! names is left alone.
+//! driver says that nothing of it is left. An instance that has one writer ends with the lease, or when its node
+//! was away for one. What no order names is left alone.
 
 use std::{
     collections::BTreeMap,
@@ -89,6 +89,8 @@ pub struct View<'a> {
     pub started: Instant,
     /// When the lease ends; `None` when there is none.
     pub lease_ends: Option<Instant>,
+    /// How long a lease is; `None` before the first.
+    pub lease: Option<Duration>,
     /// Whether things may start.
     pub contact: Contact,
     /// The leads gave the cluster up before this contact: what is to be stopped is a copy that was cut off.
@@ -150,6 +152,16 @@ impl View<'_> {
         self.lease_ends.is_some_and(|end| self.now < end)
     }
 
+    /// When an instance with one writer is fenced: with the lease, or when its node was away for one, because
+    /// the leads count on both.
+    fn fence_at(&self, node: &str) -> Option<Instant> {
+        let cut_off = match self.standing(node) {
+            Standing::Ready => self.lease_ends,
+            Standing::Away(since) => Some(since + self.lease?),
+        };
+        self.lease_ends.min(cut_off)
+    }
+
     fn standing(&self, node: &str) -> Standing {
         self.nodes
             .get(node)
@@ -176,11 +188,14 @@ impl View<'_> {
     #[must_use]
     pub fn wakes(&self) -> Option<Instant> {
         let nodes = self.nodes.values().flat_map(|node| {
-            let back = match node.standing(self.now) {
-                Standing::Ready => None,
-                Standing::Away(since) => Some(since + START_PATIENCE),
+            let (back, fence) = match node.standing(self.now) {
+                Standing::Ready => (None, None),
+                Standing::Away(since) => {
+                    let fence = self.lease.map(|lease| since + lease);
+                    (Some(since + START_PATIENCE), fence)
+                }
             };
-            [node.deadline(), back]
+            [node.deadline(), back, fence]
         });
         let instances = self
             .statuses
@@ -301,7 +316,8 @@ fn keep(view: &View<'_>, id: &InstanceId, order: &Assignment, run: &Run) -> Keep
         let stop = status.and_then(|status| stop(id, Some(status), grace));
         return stop.map_or(Keep::Nothing, Keep::Do);
     }
-    let fenced = run.writers == Writers::One && !view.holds_lease();
+    let one = run.writers == Writers::One;
+    let fenced = one && !view.holds_lease();
     let Some(status) = status else {
         return if fenced { Keep::Nothing } else { Keep::Start };
     };
@@ -313,10 +329,16 @@ fn keep(view: &View<'_>, id: &InstanceId, order: &Assignment, run: &Run) -> Keep
         }),
         State::Gone if fenced => Keep::Nothing,
         State::Gone => Keep::Start,
-        _ if fenced => Keep::Do(Action::GiveUp {
-            id: id.clone(),
-            verdict: Verdict::Fenced,
-        }),
+        _ if one
+            && view
+                .fence_at(&status.node)
+                .is_none_or(|end| view.now >= end) =>
+        {
+            Keep::Do(Action::GiveUp {
+                id: id.clone(),
+                verdict: Verdict::Fenced,
+            })
+        }
         _ => match view.patience_ends(id, status) {
             Some(end) if view.now >= end => Keep::Start,
             _ => Keep::Nothing,

@@ -261,6 +261,7 @@ mod tests {
     fn session(session: u64) -> Charge {
         Charge {
             session: Some(session),
+            lease: Some(Duration::from_secs(10)),
             orders: None,
         }
     }

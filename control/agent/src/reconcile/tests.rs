@@ -54,6 +54,7 @@ impl Scene {
             ledger: &self.ledger,
             seen: &self.seen,
             lease_ends: self.lease_ends,
+            lease: Some(Duration::from_secs(10)),
             contact: self.contact,
             cut_off: self.cut_off,
             started: self.start,
@@ -269,6 +270,26 @@ fn an_instance_with_one_writer_ends_with_the_lease_and_never_comes_back() {
     scene.has(&one, "n1", State::Gone);
     scene.lease_ends = Some(scene.now + Duration::from_secs(60));
     assert_eq!(scene.does(), []);
+}
+
+#[test]
+fn an_instance_with_one_writer_is_fenced_when_its_node_was_away_for_a_lease() {
+    let mut scene = Scene::new();
+    let one = id("s", 1);
+    scene.order(&one, run(1, Writers::One));
+    scene.has(&one, "n1", State::Serving);
+    scene.seen.insert(one.clone(), 1);
+    let lost = scene.now;
+    scene.nodes.get_mut("n1").unwrap().broke(1, lost);
+    scene.after(Duration::from_millis(9999));
+    assert_eq!(scene.does(), []);
+    assert_eq!(scene.view().wakes(), Some(lost + Duration::from_secs(10)));
+    scene.after(Duration::from_millis(1));
+    let fenced = Action::GiveUp {
+        id: one,
+        verdict: Verdict::Fenced,
+    };
+    assert_eq!(scene.does(), [fenced]);
 }
 
 #[test]
