@@ -102,10 +102,7 @@ impl Node {
 
     /// Its stream `stream` is up; an older stream of it counts no more.
     pub fn connected(&mut self, stream: u64, hello: Hello, now: Instant) {
-        // A kernel without a table has no attachments to speak of; otherwise its list follows.
-        if hello.applied.is_none() {
-            self.known.endpoints.clear();
-        }
+        // Its endpoints stay as they were until it lists them: a NetManager that starts again takes them over.
         self.known.applied = hello.applied;
         self.known.hello = Some(hello);
         self.link = Link::Up {
@@ -303,7 +300,7 @@ mod tests {
         }];
         assert!(node.said(1, FromNode::Endpoints { endpoints }, now));
         assert!(node.broke(1, now));
-        node.connected(2, hello(Some(4)), now);
+        node.connected(2, hello(None), now);
         assert!(node.endpoint(&instance_id(&id)).is_some());
         let none = FromNode::Endpoints {
             endpoints: Vec::new(),
