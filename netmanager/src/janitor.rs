@@ -86,7 +86,7 @@ pub struct Janitor<S> {
 }
 
 impl<S: FlowSource> Janitor<S> {
-    /// A janitor that starts its first pass.
+    /// A janitor that starts its first pass. The first source holds established connections, the others the rest.
     #[must_use]
     pub fn new(sources: Vec<S>, limits: Limits) -> Self {
         let counting = Census {
@@ -127,7 +127,11 @@ impl<S: FlowSource> Janitor<S> {
                 continue;
             }
             self.counting.kept[self.at] += 1;
-            if is_from_here(key, flow, backends, &self.limits, now) {
+            let is_counted = match self.at {
+                0 => is_open(key, flow),
+                _ => is_recent(key, flow, &self.limits, now),
+            };
+            if is_counted && has_live_backend(flow, backends) {
                 *self.counting.by_backend.entry(flow.backend).or_default() += 1;
             }
         }
@@ -187,27 +191,29 @@ fn is_garbage(
     if key.proto != PROTO_TCP {
         return idle >= limits.tcp_idle;
     }
-    let both_fins = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
-    let is_closed = flow.flags & FLOW_RST != 0 || flow.flags & both_fins == both_fins;
-    idle >= if is_closed {
+    idle >= if is_over(flow) {
         limits.tcp_closed
     } else {
         limits.tcp_idle
     }
 }
 
-/// Whether this is a flow in use from an endpoint of this node: the forward half, open, and lately seen where
-/// nothing says that it ended.
-fn is_from_here(
-    key: &FlowKey,
-    flow: &Flow,
-    backends: &BTreeMap<u32, Backend>,
-    limits: &Limits,
-    now: Duration,
-) -> bool {
-    let is_closed = flow.flags & (FLOW_RST | FLOW_FIN_CLIENT | FLOW_FIN_BACKEND) != 0;
-    let is_open = flow.flags & FLOW_ESTABLISHED != 0 || idle(flow, now) < limits.datagram;
-    key.direction == FLOW_FORWARD && !is_closed && is_open && has_live_backend(flow, backends)
+/// Whether this is the forward half of a flow that goes on; one side may have said its last word.
+fn is_open(key: &FlowKey, flow: &Flow) -> bool {
+    key.direction == FLOW_FORWARD && !is_over(flow)
+}
+
+/// Whether both sides ended, or one reset the connection.
+fn is_over(flow: &Flow) -> bool {
+    const BOTH: u32 = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+    flow.flags & FLOW_RST != 0 || flow.flags & BOTH == BOTH
+}
+
+/// Whether this is the forward half of something lately used that is no connection, or not one yet. What an
+/// established connection left behind in the map of the rest is its shadow and counts once, above.
+fn is_recent(key: &FlowKey, flow: &Flow, limits: &Limits, now: Duration) -> bool {
+    let is_shadow = flow.flags & FLOW_ESTABLISHED != 0;
+    is_open(key, flow) && !is_shadow && idle(flow, now) < limits.datagram
 }
 
 #[cfg(test)]
@@ -364,15 +370,11 @@ mod tests {
             (key(1, PROTO_TCP, FLOW_REVERSE), recent),
             (
                 key(3, PROTO_TCP, FLOW_FORWARD),
-                flow(Duration::ZERO, FLOW_FIN_CLIENT),
+                flow(Duration::ZERO, FLOW_ESTABLISHED | FLOW_FIN_CLIENT),
             ),
             (
-                key(4, PROTO_UDP, FLOW_FORWARD),
-                flow(Duration::from_secs(29), 0),
-            ),
-            (
-                key(5, PROTO_UDP, FLOW_FORWARD),
-                flow(Duration::from_secs(31), 0),
+                key(4, PROTO_TCP, FLOW_FORWARD),
+                flow(Duration::ZERO, FLOW_FIN_CLIENT | FLOW_FIN_BACKEND),
             ),
             (
                 key(6, PROTO_TCP, FLOW_FORWARD),
@@ -381,6 +383,11 @@ mod tests {
         ]);
         let lru = FakeFlows {
             flows: BTreeMap::from([
+                (key(1, PROTO_TCP, FLOW_FORWARD), recent),
+                (
+                    key(5, PROTO_UDP, FLOW_FORWARD),
+                    flow(Duration::from_secs(29), 0),
+                ),
                 (
                     key(7, PROTO_TCP, FLOW_FORWARD),
                     flow(Duration::from_secs(1), 0),
@@ -412,10 +419,10 @@ mod tests {
         let census = census.unwrap();
         assert_eq!(
             census.by_backend,
-            BTreeMap::from([(1, 4)]),
-            "1, 2 and 4 here, 7 there"
+            BTreeMap::from([(1, 5)]),
+            "1, 2 and 3 here, 5 and 7 there, and no shadow"
         );
         assert_eq!(census.removed, 1);
-        assert_eq!(census.kept, [6, 2]);
+        assert_eq!(census.kept, [5, 4]);
     }
 }

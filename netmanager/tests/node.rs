@@ -18,10 +18,14 @@ use netmanager_api::{
 };
 use weft_tests::wait_for;
 
+#[path = "follow/agent.rs"]
+mod agent;
 #[path = "node/machine.rs"]
 mod machine;
 #[path = "node/mesh.rs"]
 mod mesh;
+#[path = "node/stream.rs"]
+mod stream;
 #[path = "node/traffic.rs"]
 mod traffic;
 

@@ -211,6 +211,11 @@ fn a_removed_tunnel_leaves_no_device_and_no_socket() {
     let mut a = Machine::new(here, 1, "192.0.2.1");
     let socket = socket_path(&a.device);
     assert!(socket.exists());
+    nix::sys::signal::kill(Pid::from_raw(a.pid()), Signal::SIGKILL).unwrap();
+    a.remove().unwrap();
+    assert!(!socket.exists(), "a killed tunnel's socket stays");
+    a.ensure().unwrap();
+    assert!(socket.exists());
     a.remove().unwrap();
     assert!(!socket.exists());
     assert!(a.netns.ip(&format!("link show {}", a.device)).is_err());

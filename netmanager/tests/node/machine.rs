@@ -176,8 +176,7 @@ impl Node {
         let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
         command
             .args(["run", "--node", "n1", "--tunnel-device", &self.device()])
-            .arg("--table")
-            .arg(self.path("table.json"))
+            .args(self.source())
             .arg("--state")
             .arg(state)
             .arg("--socket")
@@ -197,6 +196,17 @@ impl Node {
             ])
             .args(&self.args);
         command
+    }
+
+    /// Whom it follows: the agent of `args`, else a file.
+    fn source(&self) -> Vec<String> {
+        if self.args.iter().any(|arg| arg == "--agent") {
+            return Vec::new();
+        }
+        vec![
+            "--table".to_owned(),
+            self.path("table.json").display().to_string(),
+        ]
     }
 
     /// The command line that takes the node out of the mesh.
