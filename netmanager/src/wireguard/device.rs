@@ -178,6 +178,20 @@ impl WireGuard {
         }
     }
 
+    /// Removes the socket that a killed tunnel left; one that answers is another node's.
+    fn remove_dead_socket(&self) -> Result<(), TunnelsError> {
+        let socket = socket_path(&self.config.name);
+        if UnixStream::connect(&socket).is_ok() {
+            return Ok(());
+        }
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(self.failed("remove the socket of")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn describe(&self, device: &WgDevice) -> Result<Device, TunnelsError> {
         let public_key = self.key.public();
         let found = device.public_key.as_ref();
@@ -251,7 +265,10 @@ impl Tunnels for WireGuard {
 
     async fn remove(&mut self) -> Result<(), TunnelsError> {
         match self.kind {
-            Kind::Userspace => Ok(self.supervisor.stop()?),
+            Kind::Userspace => {
+                self.supervisor.stop()?;
+                self.remove_dead_socket()
+            }
             Kind::Kernel => {
                 let name = self.name;
                 self.ask("remove", move || backends::kernel::delete_interface(&name))
