@@ -11,6 +11,8 @@
 //!             '--> Refused
 //! ```
 
+pub mod local;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use control_core::{assignment::Run, report::InstanceId};

@@ -120,25 +120,28 @@ impl Site {
             .collect()
     }
 
-    /// The control groups of this site's instances.
+    /// Takes the pod's address away or gives it back: without it, probes inside the pod fail.
+    fn address(&self, id: &InstanceId, verb: &str) {
+        let netns = format!("--net={}", self.pod(id).join("netns").display());
+        ok(
+            "nsenter",
+            &[&netns, "ip", "addr", verb, "10.16.0.34/32", "dev", "lo"],
+        );
+    }
+
+    /// The control groups that the driver made for an instance (lines `N:CONTROLLERS:PATH`).
     fn cgroups(&self, id: &InstanceId) -> Vec<PathBuf> {
-        let suffix = self
-            .pod(id)
-            .file_name()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .to_owned();
-        [
-            "/sys/fs/cgroup",
-            "/sys/fs/cgroup/cpu",
-            "/sys/fs/cgroup/memory",
-        ]
-        .iter()
-        .filter_map(|root| fs::read_dir(root).ok())
-        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
-        .filter(|path| path.to_string_lossy().ends_with(&suffix))
-        .collect()
+        let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid(id))).unwrap();
+        groups
+            .lines()
+            .filter(|line| line.ends_with(self.pod(id).file_name().unwrap().to_str().unwrap()))
+            .map(|line| {
+                let (controller, path) = line.split_once(':').unwrap().1.split_once(':').unwrap();
+                Path::new("/sys/fs/cgroup")
+                    .join(controller)
+                    .join(path.trim_start_matches('/'))
+            })
+            .collect()
     }
 }
 
@@ -282,9 +285,9 @@ fn an_instance_runs_in_its_own_namespace_with_its_own_hosts_file_and_serves() {
     ] {
         assert!(calls.contains(word), "{word} in {calls}");
     }
-    for cgroup in site.cgroups(&id(1)) {
-        let pids = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
-        assert_eq!(pids.trim(), site.pid(&id(1)).to_string(), "{cgroup:?}");
+    let cgroups = site.cgroups(&id(1));
+    for cgroup in &cgroups {
+        assert!(cgroup.is_dir(), "{cgroup:?}");
     }
 
     let netns = site.pod(&id(1)).join("netns");
@@ -293,7 +296,9 @@ fn an_instance_runs_in_its_own_namespace_with_its_own_hosts_file_and_serves() {
     assert_eq!(status(&driver, &id(1)).state, State::Stopping, "at once");
     wait_for_state(&driver, &id(1), State::Gone);
     assert!(!site.pod(&id(1)).exists());
-    assert_eq!(site.cgroups(&id(1)), Vec::<PathBuf>::new());
+    for cgroup in &cgroups {
+        assert!(!cgroup.exists(), "{cgroup:?}");
+    }
     assert_eq!(site.verbs(), ["ADD", "DEL"]);
     driver.forget(&id(1));
     assert!(driver.statuses().borrow().is_empty());
@@ -360,6 +365,10 @@ fn a_new_driver_adopts_what_runs_without_a_gap() {
     );
     second.run(&id(1), "edge-1", &shell(SERVER));
     assert_eq!(site.pid(&id(1)), pid, "nothing happens to it");
+    site.address(&id(1), "del");
+    wait_for_state(&second, &id(1), State::Silent);
+    site.address(&id(1), "add");
+    wait_for_state(&second, &id(1), State::Serving);
     ok("kill", &["-9", &pid.to_string()]);
     wait_for("a second life", || {
         let status = status(&second, &id(1));
@@ -384,6 +393,9 @@ fn what_died_while_nobody_looked_is_cleaned_up_and_may_start_afresh() {
     let pid = site.pid(&id(1));
     drop(first);
     ok("kill", &["-9", &pid.to_string()]);
+    wait_for("its end", || {
+        fs::metadata(format!("/proc/{pid}/ns/net")).is_err()
+    });
     // A folder that says nothing any more goes too.
     let broken = site.path("run/pods/shop.bookinfo.ratings.0.1");
     fs::create_dir_all(&broken).unwrap();
@@ -497,19 +509,10 @@ fn an_instance_that_stops_answering_is_silent_and_one_without_ports_serves_by_ru
     let mut idle = shell("sleep 1000");
     idle.ports.clear();
     wait_for_state(&driver, &id(1), State::Serving);
-    // Answers of the loopback take this way, so it is as if the server took no more connections.
-    let netns = site.pod(&id(1)).join("netns");
-    let netns = format!("--net={}", netns.display());
-    ok(
-        "nsenter",
-        &[&netns, "ip", "addr", "del", "10.16.0.34/32", "dev", "lo"],
-    );
+    site.address(&id(1), "del");
     let silent = wait_for_state(&driver, &id(1), State::Silent);
     assert!(silent.reason.contains("TCP port 8080"), "{}", silent.reason);
-    ok(
-        "nsenter",
-        &[&netns, "ip", "addr", "add", "10.16.0.34/32", "dev", "lo"],
-    );
+    site.address(&id(1), "add");
     assert_eq!(wait_for_state(&driver, &id(1), State::Serving).life, 1);
 
     driver.run(&id(2), "edge-1", &idle);
