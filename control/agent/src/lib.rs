@@ -22,6 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use crate::command::{Args, CommandError, run};
 use crate::{
     cluster::Cluster,
     config::Config,
@@ -33,6 +34,7 @@ use crate::{
 };
 
 pub mod cluster;
+mod command;
 pub mod config;
 pub mod door;
 pub mod driver;
