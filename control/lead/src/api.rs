@@ -1,6 +1,5 @@
 //! The control API's routes: parse, ask the lead, answer.
 
-mod openapi;
 mod show;
 
 use std::{sync::Arc, time::Duration};
@@ -27,6 +26,7 @@ use control_core::{
     placement,
     plan::{self, Inputs},
 };
+use utoipa::OpenApi;
 
 use crate::{lead::Lead, problem::Refusal, raft::propose::now_ms};
 
@@ -52,10 +52,37 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
             get(explain),
         )
         .route("/v1/status", get(status))
-        .route("/openapi.json", get(openapi::document))
+        .route("/openapi.json", get(document))
         .method_not_allowed_fallback(no_method)
         .fallback(no_path)
         .with_state(lead)
+}
+
+/// The API's own description.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Weft control API",
+        description = "Any lead answers; changes go through the leader."
+    ),
+    paths(
+        applications,
+        apply,
+        remove,
+        services,
+        bindings,
+        clusters,
+        nodes,
+        migrations,
+        migrate,
+        explain,
+        status
+    )
+)]
+struct Description;
+
+async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(Description::openapi())
 }
 
 async fn no_path(uri: Uri) -> Refusal {
@@ -317,4 +344,14 @@ async fn change(lead: &Lead, command: Command) -> Answer<Changed> {
         changed: applied != Applied::Unchanged,
         index: done.index,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_is_the_golden_one() {
+        insta::assert_json_snapshot!(Description::openapi());
+    }
 }

@@ -154,3 +154,54 @@ impl Refusal {
         Self::field(field, value, error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_is_the_golden_one() {
+        let identity: Identity = "weft://demo/agent/edge".parse().unwrap();
+        let goals = GoalErrors(vec![
+            GoalError {
+                path: "spec.services[1].requests.cpu".to_owned(),
+                line: 12,
+                message: "\"100x\" has no unit that cpu knows: write 100m or 0.1".to_owned(),
+            },
+            GoalError {
+                path: String::new(),
+                line: 0,
+                message: "the file is empty".to_owned(),
+            },
+        ]);
+        let no_application = || command::Refusal::UnknownApplication("a/b".parse().unwrap());
+        let bad_name = "A".parse::<control_core::name::Name>().unwrap_err();
+        let vip = command::Refusal::Vip {
+            path: "spec.services[0].vips.balanced".to_owned(),
+            address: "10.24.0.7".to_owned(),
+            problem: "belongs to a/b/c".to_owned(),
+        };
+        let refusals = [
+            Refusal::from(goals),
+            Refusal::from(no_application()),
+            Refusal::from(vip),
+            Refusal::from(command::Refusal::NoMesh),
+            Refusal::from(command::Refusal::ClusterLost("edge".parse().unwrap())),
+            Refusal::from(AskError::NoLeader("a at 192.0.2.1:7000".to_owned())),
+            Refusal::from(AskError::Propose(ProposeError::Unknown)),
+            Refusal::from(AskError::Lagging),
+            Refusal::name("to", "A", &bad_name),
+            Refusal::role(&identity, "user"),
+            Refusal::missing("service", "a/b/c", "see weft get services"),
+            Refusal::no_path("/v2"),
+            Refusal::method("PUT", "/v1/nodes"),
+            Refusal::all(vec![
+                Refusal::from(no_application()),
+                Refusal::from(no_application()),
+            ])
+            .unwrap(),
+        ];
+        let shown = refusals.map(|refusal| (refusal.status.as_u16(), refusal.problem));
+        insta::assert_json_snapshot!(shown);
+    }
+}
