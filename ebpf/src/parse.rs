@@ -149,6 +149,10 @@ fn available(skb: &Skb, l2: usize) -> usize {
 fn ipv4(skb: &Skb, l2: usize, packet: &mut Packet) -> Result<usize, Reason> {
     let ip = skb.header::<Ipv4>(l2).ok_or(Reason::Malformed)?;
     let total = usize::from(u16::from_be(ip.total_be));
+    // Multicast and broadcast are no place in a mesh; told apart first, because IGMP comes with options.
+    if ip.dst.to_ne_bytes()[0] >= 224 {
+        return Err(Reason::NotMesh);
+    }
     if ip.version_ihl != IPV4_PLAIN {
         return Err(if ip.version_ihl >> 4 == 4 && ip.version_ihl & 15 > 5 {
             Reason::HeaderChain
@@ -175,6 +179,10 @@ fn ipv6(skb: &Skb, l2: usize, packet: &mut Packet) -> Result<usize, Reason> {
     let payload = usize::from(u16::from_be(ip.payload_be));
     if ip.version_be.to_ne_bytes()[0] >> 4 != 6 || payload + IPV6_LEN > available(skb, l2) {
         return Err(Reason::Malformed);
+    }
+    // Multicast, as above: neighbour and listener discovery are what every IPv6 link chatters.
+    if ip.dst[0].to_ne_bytes()[0] == 0xff {
+        return Err(Reason::NotMesh);
     }
     packet.key.src.words = ip.src;
     packet.key.dst.words = ip.dst;

@@ -26,10 +26,11 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
     skb.pull(ETHERNET_LEN + family.len() + TCP_LEN);
     let packet = maps::scratch()?;
     packet.read(skb, ETHERNET_LEN, family)?;
-    if packet.key.src != own_address(endpoint, family) {
+    let name = address::name(config, family, &packet.key.dst);
+    if name != Name::Foreign && packet.key.src != own_address(endpoint, family) {
         return Err(Reason::SpoofedSource);
     }
-    match address::name(config, family, &packet.key.dst) {
+    match name {
         Name::Foreign => Err(Reason::NotMesh),
         Name::Vip(_) if packet.kind == Kind::IcmpError => {
             packet.key.direction = FLOW_FORWARD;

@@ -277,6 +277,12 @@ fn nothing_but_the_mesh_is_reached_from_a_weft_link() {
         let packet = syn(family, (outside, 80));
         assert_dropped(&mut stage, CLIENT, &packet.frame(), Reason::NotMesh);
     }
+    // What an IPv6 link says of itself: listener reports have a hop-by-hop header and a source of their own.
+    let group = "ff02::16".parse().expect("an address");
+    let own = "fe80::1".parse().expect("an address");
+    let mut report = Packet::udp((own, 1), (group, 1), b"report").frame();
+    report[20] = 0;
+    assert_dropped(&mut stage, CLIENT, &report, Reason::NotMesh);
     let mut arp = syn(Family::V4, vip(Family::V4, PORT)).frame();
     arp[12..14].copy_from_slice(&[0x08, 0x06]);
     assert_dropped(&mut stage, CLIENT, &arp, Reason::NotMesh);
