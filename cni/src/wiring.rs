@@ -40,7 +40,7 @@ pub(crate) const PROTOCOL: RouteProtocol = RouteProtocol::Other(87);
 const MESH_METRIC: u32 = 10;
 const GUARD_METRIC: u32 = u32::MAX;
 /// How long the pod's end may take to see its carrier after the host side is up; the kernel needs below 1 ms.
-const CARRIER_PATIENCE: Duration = Duration::from_millis(500);
+const CARRIER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One family's part of the wiring.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -288,6 +288,31 @@ fn a_failed_add_is_rolled_back_in_full() {
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_read_only_proc_sys_is_named_unless_the_settings_are_right_already() {
+    let read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys";
+    let (host, pod) = host_and_pod();
+    let pod_before = pod.snapshot();
+    let door = FakeDoor::open();
+    let add = Plugin::new("ADD", &door).on(&host, &pod).after(read_only);
+    let (code, message) = add.fail();
+    assert_eq!(code, 5, "{message}");
+    for word in [
+        "ipv6/conf/net1/accept_ra",
+        "read-only",
+        "let the runtime start the plugin on the host",
+    ] {
+        assert!(message.contains(word), "{word} in {message}");
+    }
+    assert_eq!(pod.snapshot(), pod_before);
+    let default = "/proc/sys/net/ipv6/conf/default/accept_ra";
+    pod.exec(&["sh", "-c", &format!("echo 0 >{default}")]);
+    add.succeed();
+    let rp_filter = pod.exec(&["cat", "/proc/sys/net/ipv4/conf/net1/rp_filter"]);
+    assert_eq!(rp_filter.trim(), "2", "set by netlink");
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn the_identity_and_the_mac_reach_the_netmanager_in_any_order() {
     let instance = Some(InstanceRef {
         service: "shop/bookinfo/reviews".into(),

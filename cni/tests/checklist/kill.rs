@@ -1,6 +1,9 @@
 //! Line 10: a plugin killed at any step leaves nothing that a DEL does not clean.
 
-use std::{process::Child, time::Duration};
+use std::{
+    process::Child,
+    time::{Duration, Instant},
+};
 
 use crate::{
     door::{FakeDoor, Mood},
@@ -67,4 +70,28 @@ fn killed_at_any_moment() {
     add.succeed();
     del.succeed();
     assert_eq!(pod.snapshot(), pod_before);
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_netmanager_that_hangs_ends_the_add_in_time_with_everything_undone() {
+    let (host, pod) = (Netns::new("host"), Netns::new("pod"));
+    let (host_before, pod_before) = (host.snapshot(), pod.snapshot());
+    let door = FakeDoor::open();
+    door.mood("activate", Mood::Hang);
+    let start = Instant::now();
+    let (code, message) = Plugin::new("ADD", &door).on(&host, &pod).fail();
+    assert_eq!(code, 11, "{message}");
+    assert!(
+        start.elapsed() < Duration::from_secs(14),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(host.snapshot(), host_before);
+    assert_eq!(pod.snapshot(), pod_before);
+    let queued = std::fs::read_dir(door.pending()).unwrap().count();
+    assert_eq!(
+        queued, 1,
+        "the reservation is released as soon as somebody listens"
+    );
 }

@@ -15,6 +15,8 @@ use crate::{door::FakeDoor, netns::Netns};
 #[derive(Clone)]
 pub(crate) struct Plugin {
     host: Option<String>,
+    /// Run before the plugin, in its place and in mounts of its own.
+    before: Option<&'static str>,
     pub(crate) env: BTreeMap<&'static str, String>,
     pub(crate) config: Value,
     /// Instead of `config`.
@@ -39,6 +41,7 @@ impl Plugin {
         ];
         Self {
             host: None,
+            before: None,
             env: env.map(|(key, value)| (key, value.to_owned())).into(),
             config: json!({
                 "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "socket": door.socket(),
@@ -79,18 +82,33 @@ impl Plugin {
         self.env("CNI_NETNS", pod.path())
     }
 
+    /// Runs `script` first, with mounts that nobody else sees.
+    pub(crate) fn after(mut self, script: &'static str) -> Self {
+        self.before = Some(script);
+        self
+    }
+
     pub(crate) fn start(&self) -> Child {
         let plugin = env!("CARGO_BIN_EXE_weft-cni");
         let mut command = match &self.host {
             Some(host) => {
                 let mut command = Command::new("nsenter");
-                command.arg(format!("--net={host}")).arg(plugin);
+                command.arg(format!("--net={host}"));
+                if let Some(script) = self.before {
+                    let script = format!("{script} && exec \"$0\"");
+                    command.args(["unshare", "--mount", "sh", "-c", &script]);
+                }
+                command.arg(plugin);
                 command
             }
             None => Command::new(plugin),
         };
         let mut child = command
             .env_clear()
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
             .envs(&self.env)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
