@@ -41,12 +41,18 @@ pub(crate) struct DemoArgs {
     /// A live table of where everything runs.
     #[arg(long, conflicts_with = "json")]
     watch: bool,
+    /// Shows these binaries instead of building Weft.
+    #[arg(long, value_name = "DIR")]
+    binaries: Option<PathBuf>,
 }
 
 /// Builds Weft and shows it.
 pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     host::check(host::Needs::NETWORK)?;
-    let binaries = build::release()?;
+    let binaries = match &args.binaries {
+        Some(dir) => dir.clone(),
+        None => build::release()?,
+    };
     let report = Report::new(args.json);
     let before = Machine::look();
     let mesh = Mesh::up(&binaries, args.keep).context("the lab did not come up")?;
