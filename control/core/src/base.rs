@@ -39,7 +39,7 @@ pub const DRAIN_MS: u64 = 10_000;
 /// How long an instance may take to stop, milliseconds.
 pub const STOP_GRACE_MS: u64 = 5_000;
 /// The last time and the last epoch that there are: far away, and far from where sums of them end.
-const LAST: u64 = 1 << 53;
+pub(crate) const LAST: u64 = 1 << 53;
 /// How long a cluster is not tried again for a service that did not become ready there, milliseconds.
 const BARRED_MS: u64 = 600_000;
 /// How long IPv4 numbers and blocks rest after use (DESIGN section 3), milliseconds.

@@ -4,7 +4,7 @@
 //! epoch that was seen, and the Knowledge Base refuses it when that has passed.
 
 use crate::{
-    base::{AppState, Binding, BindingState, KnowledgeBase},
+    base::{AppState, Binding, BindingState, KnowledgeBase, LAST},
     command::{Bind, Command, Reason, Refusal, StartMigration},
     goal::Writers,
     migration::{self, Event, State},
@@ -57,7 +57,7 @@ const COOL_DOWN_MS: u64 = 600_000;
 /// What to propose at `now_ms` (the proposer's time, as in [`crate::command::Batch`]).
 #[must_use]
 pub fn plan(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Command> {
-    let now_ms = now_ms.max(kb.log_time_ms);
+    let now_ms = now_ms.max(kb.log_time_ms).min(LAST);
     let mut commands = advance(kb, inputs, now_ms);
     commands.extend(end_drains(kb, now_ms));
     // One view for all applications, so that what one is given is not promised to the next.
@@ -215,12 +215,15 @@ fn place_application(
             moves.push((slot, Reason::Update, to, None));
         }
     }
-    for (slot, reason, to, decision) in moves.into_iter().take(inputs.moves.saturating_sub(moving))
-    {
-        let Some((source, _)) = kb.live(&slot) else {
+    let mut budget = inputs.moves.saturating_sub(moving);
+    for (slot, reason, to, decision) in moves {
+        // What another move must make room for waits for it.
+        let fits = view.refusals(&slot, &to, Held::New).is_empty();
+        let Some((source, _)) = kb.live(&slot).filter(|_| fits && budget > 0) else {
             continue;
         };
-        view.place(&slot, &to);
+        budget -= 1;
+        view.move_to(&slot, &to);
         commands.push(Command::StartMigration(Box::new(StartMigration {
             source,
             session: session(&to),

@@ -4,7 +4,7 @@
 //! booked capacity and every hard constraint. A conflict fails that one command.
 
 use super::{
-    BARRED_MS, Binding, BindingState, ClusterState, DRAIN_MS, KnowledgeBase, RefusedBy,
+    BARRED_MS, Binding, BindingState, ClusterState, DRAIN_MS, KnowledgeBase, LAST, RefusedBy,
     STOP_GRACE_MS, Service,
 };
 use crate::{
@@ -247,6 +247,7 @@ impl KnowledgeBase {
     /// asked is waited for.
     #[must_use]
     pub fn fence_wait(&self, slot: &Slot, now_ms: u64) -> u64 {
+        let now_ms = now_ms.min(LAST);
         let one = |template: &super::Template| template.writers == Writers::One;
         let lease_ms = self.mesh.as_ref().map_or(0, |mesh| mesh.lease_ms);
         let margin = lease_ms / 10 + STOP_GRACE_MS;

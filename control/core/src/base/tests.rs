@@ -112,6 +112,23 @@ fn a_mesh_with_a_wrong_prefix_is_refused_by_its_field() {
 }
 
 #[test]
+fn a_time_beyond_all_times_ends_nothing() {
+    let mut world = World::new();
+    world.apply(SHOP).unwrap();
+    world.settle();
+    world.now_ms = u64::MAX;
+    world.one(Command::Tick).unwrap();
+    let store = slot("default/shop/store#0");
+    assert!(world.kb.fence_wait(&store, u64::MAX) > 0);
+    let planned = crate::plan::plan(&world.kb, &crate::plan::Inputs::default(), u64::MAX);
+    assert!(
+        planned
+            .iter()
+            .all(|command| !matches!(command, Command::Bind(_)))
+    );
+}
+
+#[test]
 fn log_time_never_goes_back() {
     let mut kb = KnowledgeBase::default();
     kb.apply(1, &batch(50, vec![]));

@@ -304,7 +304,25 @@ fn answer(now: &View<'_>, app: &AppName, task: &Task, chosen: Try<'_>) -> Answer
             answer.moves.push((slot.clone(), reason, decide()));
         }
     }
+    let mut alone = now.clone();
+    answer.binds = in_turn(&mut alone, answer.binds);
     answer
+}
+
+/// The binds in an order in which each may be done as those before it are (a near replica before a far one that
+/// relies on it); what has no such order comes last, and is refused until it has.
+fn in_turn(view: &mut View<'_>, mut binds: Vec<(Slot, Decision)>) -> Vec<(Slot, Decision)> {
+    let mut turn = Vec::new();
+    while let Some(next) = binds.iter().position(|(slot, decision)| {
+        let refusals = view.refusals(slot, &decision.cluster, Held::New);
+        refusals.is_empty()
+    }) {
+        let (slot, decision) = binds.remove(next);
+        view.place(&slot, &decision.cluster);
+        turn.push((slot, decision));
+    }
+    turn.extend(binds);
+    turn
 }
 
 impl View<'_> {

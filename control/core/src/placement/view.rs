@@ -156,6 +156,16 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Puts a slot elsewhere that keeps its room where it is until it has moved.
+    pub(crate) fn move_to(&mut self, slot: &Slot, to: &Name) {
+        let from = self.at(slot).cloned();
+        self.place(slot, to);
+        let load = self.load(slot);
+        if let Some(booked) = from.and_then(|from| self.booked.get_mut(&from)) {
+            booked.total = booked.total.plus(load);
+        }
+    }
+
     /// Takes a slot out that is to be bound anew, wherever it was.
     pub(super) fn forget(&mut self, slot: &Slot) {
         self.unplace(slot);
