@@ -144,7 +144,7 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// `ENDPOINT_...` flags.
     pub flags: u32,
-    /// How many flows it may have in `FLOWS`; 0 is no limit.
+    /// How many flows it may have in `FLOWS`; 0 is no limit. The programs do not read it yet: every endpoint is unlimited.
     pub quota: u32,
     /// The interface's own MAC address (inside the pod).
     pub mac: [u8; 6],
