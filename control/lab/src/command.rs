@@ -12,13 +12,16 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
 use crate::{
-    attach, down, enter,
+    attach,
+    down::{self, Chosen},
+    enter,
     error::LabError,
     folder::{Lab, Manifest, ids},
     machines, mesh,
     process::{self, Found},
     spec::Spec,
-    status, wan,
+    status::{self, Format},
+    wan,
 };
 
 /// A whole mesh on this machine, in network namespaces.
@@ -84,7 +87,7 @@ pub enum LabCommand {
     },
     /// Takes a lab down, and every lab whose maker was killed; nothing of them is left.
     Down {
-        /// The lab; the dead ones alone when it is left out and several are up.
+        /// The lab; when it is left out the dead ones, or else the only one.
         #[arg(long)]
         lab: Option<String>,
         /// Every lab.
@@ -140,7 +143,8 @@ impl LabCommand {
         match self {
             Self::Up(up) => up.run(),
             Self::List => list(),
-            Self::Status { lab, json } => status::show(&lab.find()?, json),
+            Self::Status { lab, json: true } => status::show(&lab.find()?, Format::Json),
+            Self::Status { lab, json: false } => status::show(&lab.find()?, Format::Table),
             Self::Exec { lab, name, command } => enter::exec(&lab.find()?, &name, &command),
             Self::Attach { lab, node, name } => attach::attach(&lab.find()?, &node, &name),
             Self::Kill {
@@ -149,7 +153,9 @@ impl LabCommand {
                 only,
             } => down::kill_on(&lab.find()?, &machines, only.as_deref()),
             Self::Start { lab, machines } => start(&lab.find()?, &machines),
-            Self::Down { lab, all } => down::down(lab.as_deref(), all),
+            Self::Down { lab: Some(id), .. } => down::down(Chosen::One(&id)),
+            Self::Down { all: true, .. } => down::down(Chosen::All),
+            Self::Down { .. } => down::down(Chosen::Only),
             Self::Wan { lab } => wan::run(&lab.find()?.id),
         }
     }

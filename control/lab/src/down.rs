@@ -32,15 +32,26 @@ const UAPI: &str = "/var/run/wireguard";
 /// Where cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Takes down the lab of this ID (or the only one there is, or all), and every dead one.
-pub(crate) fn down(id: Option<&str>, all: bool) -> Result<(), LabError> {
+/// Which labs are taken down beside the dead ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chosen<'a> {
+    /// The one of this ID.
+    One(&'a str),
+    /// None where there are dead ones to clean, else the only one.
+    Only,
+    /// Every one.
+    All,
+}
+
+/// Takes down what was chosen, and every dead lab.
+pub(crate) fn down(chosen: Chosen<'_>) -> Result<(), LabError> {
     let (dead, mut live): (Vec<Lab>, Vec<Lab>) = Lab::all()?.into_iter().partition(Lab::is_dead);
-    match id {
-        Some(id) if !dead.iter().any(|lab| lab.id == id) => live = vec![Lab::find(Some(id))?],
-        Some(_) => live.clear(),
-        None if !all && live.len() > 1 && dead.is_empty() => return Err(ambiguous(&live)),
-        None if !all && live.len() > 1 => live.clear(),
-        None => {}
+    match chosen {
+        Chosen::One(id) if dead.iter().any(|lab| lab.id == id) => live.clear(),
+        Chosen::One(id) => live = vec![Lab::find(Some(id))?],
+        Chosen::Only if !dead.is_empty() => live.clear(),
+        Chosen::Only if live.len() > 1 => return Err(ambiguous(&live)),
+        Chosen::Only | Chosen::All => {}
     }
     let mut errors = Vec::new();
     for lab in dead.iter().chain(&live) {

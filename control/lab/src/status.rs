@@ -27,11 +27,18 @@ struct Row {
     map_kib: u64,
 }
 
+/// How the processes are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    Table,
+    Json,
+}
+
 /// Prints every process of the lab.
-pub(crate) fn show(lab: &Lab, as_json: bool) -> Result<(), LabError> {
+pub(crate) fn show(lab: &Lab, format: Format) -> Result<(), LabError> {
     let mut rows: Vec<Row> = process::of_lab(lab).iter().map(row).collect();
     rows.sort_by(|a, b| (a.kind, &a.machine, a.pid).cmp(&(b.kind, &b.machine, b.pid)));
-    if as_json {
+    if format == Format::Json {
         println!("{}", json!({ "lab": lab.id, "processes": rows }));
         return Ok(());
     }

@@ -22,8 +22,8 @@ use super::mesh::{Mesh, VISITOR, wait};
 const RATE: &str = "250";
 /// The load ends by itself if nobody ends it, seconds.
 const LONGEST: &str = "600";
-/// Seconds that a page takes at most, and two for the counting.
-const TAIL: usize = 4;
+/// Seconds that a page takes at most, and one for the counting.
+const TAIL: usize = 3;
 
 /// A running load.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use super::{
 };
 
 /// Pages per question.
-const COUNT: u64 = 40;
+const COUNT: u64 = 20;
 /// A pod that nobody linked to anything.
 const STRANGER: &str = "stranger";
 /// How soon a refusal must be seen, microseconds: it is an answer, not a timeout.
