@@ -163,8 +163,8 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let door = Door::bind(&settings.socket).await?;
     let (asked_sender, mut asked) = mpsc::channel(64);
     let (table_sender, mut tables) = mpsc::channel(4);
-    let (wanted, wanting) = watch::channel(None);
-    let device = tunnels::spawn(&mut tasks, &settings, mtu as u16, wanting, shutdown.clone())?;
+    let tunnel = tunnels::spawn(&mut tasks, &settings, mtu as u16, shutdown.clone())?;
+    let mut carried = tunnel.watch();
     let (mut links_changed, watching) = links::watch_links()?;
 
     let mut node = Node::restore(node::Parts {
@@ -173,8 +173,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         store,
         mtu,
         underlay,
-        wanted,
-        device: device.clone(),
+        tunnel,
         outbox,
         gauges,
         shutdown: shutdown.clone(),
@@ -189,7 +188,6 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         tasks.spawn(table_file::follow(path, table_sender.clone()));
     }
 
-    let mut device = device;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?;
     let mut ticks = interval(TICK);
@@ -209,7 +207,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
                 look_at = None;
                 node.links_changed().await;
             }
-            Ok(()) = device.changed() => node.reconcile().await,
+            Ok(()) = carried.changed() => node.reconcile().await,
             () = node.observed() => node.take_sight().await,
             _ = ticks.tick() => node.tick().await,
             _ = terminate.recv() => break,

@@ -10,7 +10,7 @@ use netmanager_api::{stream::InstanceRef, table::Table};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{DaemonError, Settings, monotonic, wall_ms};
+use super::{DaemonError, Settings, monotonic, tunnels::Carrier, wall_ms};
 use crate::{
     attachments::{AttachError, Attachments},
     datapath::{BpfDatapath, Datapath, DatapathError, FlowTable, Hook},
@@ -23,7 +23,6 @@ use crate::{
     probe::{Observed, Probes},
     routes::Collision,
     store::{Store, StoreError},
-    wireguard::Device,
 };
 
 const TABLE_FILE: &str = "table.json";
@@ -39,8 +38,7 @@ pub(super) struct Parts {
     pub(super) store: Store,
     pub(super) mtu: u32,
     pub(super) underlay: Vec<IpAddr>,
-    pub(super) wanted: watch::Sender<Option<Arc<Table>>>,
-    pub(super) device: watch::Receiver<Option<Device>>,
+    pub(super) tunnel: Carrier,
     pub(super) outbox: watch::Sender<Outbox>,
     pub(super) gauges: watch::Sender<Gauges>,
     pub(super) shutdown: CancellationToken,
@@ -232,6 +230,7 @@ impl Node {
             None => self.make_endpoint(received).await?,
         };
         let table = self.table.clone().unwrap_or_else(|| received.clone());
+        self.parts.tunnel.carry(&table).await;
         self.attach_programs(&endpoint)?;
         let inputs = Inputs {
             table: &table,
@@ -253,11 +252,7 @@ impl Node {
             is_new
         });
         self.probe(&table).await;
-        self.parts.wanted.send_if_modified(|known| {
-            let is_new = known.as_ref() != Some(&table);
-            *known = Some(table);
-            is_new
-        });
+        self.parts.tunnel.settle(&table);
         Ok(())
     }
 
@@ -290,7 +285,7 @@ impl Node {
 
     /// The tunnel device; a predecessor's until the own keeper has looked at it, so that a restart is no gap.
     fn tunnel(&self) -> Option<TunnelDevice> {
-        match self.parts.device.borrow().as_ref() {
+        match self.parts.tunnel.device() {
             Some(device) => Some(TunnelDevice {
                 ifindex: device.ifindex,
                 mtu: device.mtu,
@@ -314,13 +309,8 @@ impl Node {
             .iter()
             .map(|pod| (pod.ifindex, Hook::Pod))
             .collect();
-        others.extend(
-            self.parts
-                .device
-                .borrow()
-                .as_ref()
-                .map(|device| (device.ifindex, Hook::Tunnel)),
-        );
+        let device = self.parts.tunnel.device();
+        others.extend(device.map(|device| (device.ifindex, Hook::Tunnel)));
         for (ifindex, hook) in others {
             match self.parts.datapath.attach(ifindex, hook) {
                 // It went this instant; its event follows.

@@ -16,13 +16,7 @@ impl Node {
         received: &Arc<Table>,
     ) -> Result<Arc<Table>, ReconcileError> {
         let mut own: Vec<u32> = self.have.endpoints.keys().copied().collect();
-        own.extend(
-            self.parts
-                .device
-                .borrow()
-                .as_ref()
-                .map(|device| device.ifindex),
-        );
+        own.extend(self.parts.tunnel.device().map(|device| device.ifindex));
         let (name, peer) = &self.parts.settings.endpoint_names;
         for link in [name, peer] {
             own.extend(

@@ -165,8 +165,7 @@ impl Node {
     }
 
     fn hello(&self) -> Option<Hello> {
-        let device = self.parts.device.borrow();
-        let device = device.as_ref()?;
+        let device = self.parts.tunnel.device()?;
         Some(Hello {
             node: self.parts.settings.node.clone(),
             public_key: device.public_key.to_string(),
