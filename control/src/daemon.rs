@@ -44,8 +44,8 @@ pub(crate) struct Lead {
     /// Time between two heartbeats of the leader, and the limit of one message to another lead.
     #[arg(long, default_value = "250ms", value_parser = duration)]
     heartbeat: Duration,
-    /// The shortest silence of the leader that starts an election; the longest is half as much again.
-    #[arg(long, default_value = "1s", value_parser = duration)]
+    /// A lead stands for election when the leader is silent for 2.5 to 3 times this.
+    #[arg(long, default_value = "500ms", value_parser = duration)]
     election: Duration,
 }
 

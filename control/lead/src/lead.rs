@@ -271,7 +271,7 @@ impl Lead {
         alone
             || metrics
                 .millis_since_quorum_ack
-                .is_some_and(|ms| ms <= self.timers.election_max_ms)
+                .is_some_and(|ms| ms <= self.timers.reign_ms())
     }
 
     /// The leader, as far as this lead knows.
