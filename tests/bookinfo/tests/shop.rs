@@ -1,5 +1,10 @@
 //! The shop by itself, without Weft: each service in a namespace of its own on one bridge.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test whose machines cannot be made fails"
+)]
+
 use std::{
     collections::BTreeMap,
     process::{Command, Stdio},
