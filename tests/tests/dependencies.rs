@@ -126,7 +126,7 @@ fn workspace() -> (Metadata, BTreeSet<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"))
         .exec()
-        .unwrap();
+        .expect("cargo knows this workspace");
     let members = metadata
         .workspace_packages()
         .iter()
