@@ -11,7 +11,7 @@ use std::{
 };
 
 use control_core::{base::ClusterState, command::Command, name::Name};
-use openraft::ServerState;
+use openraft::{LogId, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::timeout};
 
@@ -257,9 +257,12 @@ impl Lead {
         }
     }
 
-    /// Whether this lead thinks that it leads.
+    /// Whether this lead thinks that it leads, and has applied all that was acknowledged before its term.
     pub(crate) fn leads(&self) -> bool {
-        self.raft.metrics().borrow().state == ServerState::Leader
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let own_term = |applied: LogId<u64>| applied.leader_id.term == metrics.current_term;
+        metrics.state == ServerState::Leader && metrics.last_applied.is_some_and(own_term)
     }
 
     /// Whether a majority acknowledged this leader so lately that no other can have been elected and then
