@@ -39,7 +39,7 @@ pub(super) fn show(mesh: &Mesh, report: &Report) -> Result<()> {
             0 => seen,
             maps => format!("{seen}, and {:.1} MiB of maps", *maps as f64 / 1024.0),
         };
-        let claim = format!("a {kind} takes at most {budget} MiB of resident memory");
+        let claim = format!("each {kind} takes at most {budget} MiB of resident memory");
         report.claim(
             &claim,
             if *rss <= budget * 1024 {

@@ -16,6 +16,8 @@ use super::report::Report;
 const DESK: &str = "lead-a";
 /// How long a condition rests between two looks.
 const REST: Duration = Duration::from_millis(100);
+/// How long nothing may change before it counts as at rest: several looks of the leader's.
+const AT_REST: Duration = Duration::from_millis(1500);
 /// Where the demo's visitor is.
 pub(crate) const VISITOR: &str = "shop/bookinfo/visitor/0";
 /// The port of all of the shop's services.
@@ -138,26 +140,48 @@ impl Mesh {
         Ok(text(visitor, "node").to_owned())
     }
 
-    /// Waits until every instance of every application is ready, and nothing moves or drains.
+    /// Waits until every instance of every application is ready, and nothing moved or drained for a while; returns
+    /// how long that took, the while apart.
     pub(crate) fn settled(&self, within: Duration) -> Result<Duration> {
-        wait("everything is ready and at rest", within, || {
-            let wanted: u64 = self
-                .get("applications")?
-                .iter()
-                .map(|app| app["wanted"].as_u64().unwrap_or(0))
-                .sum();
-            let bindings = self.get("bindings")?;
-            let at_rest = |binding: &&Value| {
-                text(binding, "state") == "active" && text(binding, "phase") == "ready"
+        let mut rest: Option<(Instant, Vec<Value>)> = None;
+        let took = wait("everything is ready and at rest", within, || {
+            let found = self.at_rest();
+            let Ok(bindings) = &found else {
+                rest = None;
+                return found.map(drop);
             };
-            let ready = bindings.iter().filter(at_rest).count() as u64;
-            let all = bindings.len() as u64;
-            ensure!(
-                ready == all && ready == wanted,
-                "{ready} of {wanted} instances are at rest, there are {all} bindings"
-            );
-            Ok(())
-        })
+            match &rest {
+                Some((since, before)) if before == bindings => {
+                    ensure!(since.elapsed() > AT_REST, "it is at rest for a moment only");
+                    Ok(())
+                }
+                _ => {
+                    rest = Some((Instant::now(), bindings.clone()));
+                    bail!("it came to rest just now")
+                }
+            }
+        })?;
+        Ok(took.saturating_sub(AT_REST))
+    }
+
+    /// The bindings, if they are all active and ready, and as many as are wanted.
+    fn at_rest(&self) -> Result<Vec<Value>> {
+        let applications = self.get("applications")?;
+        let wanted: u64 = applications
+            .iter()
+            .filter_map(|app| app["wanted"].as_u64())
+            .sum();
+        let bindings = self.get("bindings")?;
+        let at_rest = |binding: &&Value| {
+            text(binding, "state") == "active" && text(binding, "phase") == "ready"
+        };
+        let ready = bindings.iter().filter(at_rest).count() as u64;
+        let all = bindings.len() as u64;
+        ensure!(
+            ready == all && ready == wanted,
+            "{ready} of {wanted} instances are at rest, there are {all} bindings"
+        );
+        Ok(bindings)
     }
 
     /// Waits until all nodes are ready.

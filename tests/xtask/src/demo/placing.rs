@@ -19,6 +19,7 @@ pub(super) fn show(mesh: &Mesh, report: &Report) -> Result<()> {
     let answer = mesh.cli(&["apply", "-f", file])?;
     let slots = answer["applications"][0]["slots"].as_array();
     let slots = slots.map_or(&[][..], Vec::as_slice);
+    report.say("where each instance runs, in micro-EUR per hour, and why nowhere else:");
     for slot in slots {
         report.say(&describe(slot));
     }
@@ -65,29 +66,59 @@ fn explained(slot: &Value) -> bool {
 
 fn describe(slot: &Value) -> String {
     let decision = &slot["decision"];
-    let parts: Vec<String> = ["energy", "cost", "latency", "performance"]
-        .iter()
-        .map(|part| format!("{part} {}", decision["parts"][part]))
-        .collect();
-    let others: Vec<String> = decision["others"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .map(|(cluster, lost)| format!("not {cluster}: {}", plain(lost)))
+    let others = decision["others"].as_object().into_iter().flatten();
+    let others: Vec<String> = others
+        .map(|(cluster, lost)| why_not(cluster, lost))
         .collect();
     format!(
-        "{} -> {} ({} uEUR/h); {}",
+        "{} -> {}: {}; {}",
         text(slot, "slot"),
         text(slot, "cluster"),
-        parts.join(", "),
+        parts(&decision["parts"]),
         others.join("; ")
     )
 }
 
-/// A reason without JSON's signs.
-fn plain(value: &Value) -> String {
-    value
-        .to_string()
-        .replace(['"', '{', '}', '[', ']'], "")
-        .replace(':', " ")
+/// The parts of an objective, micro-EUR per hour.
+fn parts(parts: &Value) -> String {
+    let names = ["energy", "cost", "latency", "performance"];
+    names
+        .map(|name| format!("{name} {}", parts[name]))
+        .join(", ")
+}
+
+/// Why a cluster was not chosen.
+fn why_not(cluster: &str, lost: &Value) -> String {
+    if let Some(reasons) = lost["refused"].as_array() {
+        let reasons: Vec<&str> = reasons.iter().filter_map(Value::as_str).collect();
+        return format!("not {cluster}: {}", reasons.join(", "));
+    }
+    let dearer = &lost["dearer"];
+    format!(
+        "not {cluster}: {} dearer ({})",
+        dearer["by"],
+        parts(&dearer["parts"])
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_place_is_described_with_its_parts_and_why_the_others_lost() {
+        let parts = json!({ "energy": 1, "cost": 2, "latency": 3, "performance": 4 });
+        let slot = json!({ "slot": "a/b/c#0", "cluster": "fog", "decision": { "parts": parts, "others": {
+            "cloud": { "refused": ["tier: needs fog, is cloud"] },
+            "edge": { "dearer": { "by": 9, "parts": parts } } } } });
+        assert!(explained(&slot));
+        assert_eq!(
+            describe(&slot),
+            "a/b/c#0 -> fog: energy 1, cost 2, latency 3, performance 4; \
+             not cloud: tier: needs fog, is cloud; \
+             not edge: 9 dearer (energy 1, cost 2, latency 3, performance 4)"
+        );
+    }
 }
