@@ -4,10 +4,12 @@
 //! skip: a capability that is missing fails the test that needs it.
 #![forbid(unsafe_code)]
 
+pub mod binary;
 pub mod netns;
 pub mod program;
 pub mod topology;
 pub mod wait;
 
+pub use binary::binary;
 pub use netns::{Netns, Process};
 pub use wait::wait_for;

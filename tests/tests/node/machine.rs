@@ -26,7 +26,7 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
-use weft_tests::{Netns, Process, wait_for};
+use weft_tests::{Netns, Process, binary, wait_for};
 
 /// A daemon that starts loads programs; a debug build on a busy machine takes a second.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -173,7 +173,7 @@ impl Node {
 
     /// The daemon's command line, with `state` as its state directory.
     pub(crate) fn command(&self, state: &Path, socket: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
+        let mut command = Command::new(binary("weft-netmanager"));
         command
             .args(["run", "--node", "n1", "--tunnel-device", &self.device()])
             .args(self.source())
@@ -211,7 +211,7 @@ impl Node {
 
     /// The command line that takes the node out of the mesh.
     pub(crate) fn removal(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_weft-netmanager"));
+        let mut command = Command::new(binary("weft-netmanager"));
         command
             .args(["remove", "--tunnel-device", &self.device()])
             .arg("--state")

@@ -24,7 +24,7 @@ use weft_netmanager::{
         peers::{PeerOp, WantedPeer},
     },
 };
-use weft_tests::{Netns, topology::pair};
+use weft_tests::{Netns, binary, topology::pair};
 
 /// A peer that does not answer within this is gone.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -103,7 +103,7 @@ impl Machine {
             port: 0,
             mtu: 1420,
             kind: Some(Kind::Userspace),
-            program: env!("CARGO_BIN_EXE_weft-netmanager").into(),
+            program: binary("weft-netmanager"),
         };
         let machine = Self {
             device: device.to_owned(),
