@@ -43,7 +43,7 @@ const WELCOME: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(2);
 /// The pause after a first failure.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
-/// The longest pause.
+/// The longest pause of an agent that was never welcomed; for one that was see [`longest_pause`].
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What the engine has for the leads.
@@ -99,11 +99,12 @@ impl LeadClient {
     /// Follows leads until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut pause = SHORTEST_PAUSE;
+        let mut longest = LONGEST_PAUSE;
         let mut failures = 0;
         let mut next = random() as usize;
         loop {
             let lead = self.leads[next % self.leads.len()];
-            let mut welcomed = false;
+            let mut welcomed = None;
             let parting = tokio::select! {
                 () = shutdown.cancelled() => return,
                 parting = self.follow(lead, &mut welcomed) => parting,
@@ -113,14 +114,15 @@ impl LeadClient {
             }
             let cause = std::error::Error::source(&parting).map(chain);
             // While all are away: one line per lead, and then silence until there is news.
-            if welcomed || failures < self.leads.len() {
+            if welcomed.is_some() || failures < self.leads.len() {
                 tracing::warn!(%lead, reason = %parting, cause, "parted from a lead");
             } else {
                 tracing::debug!(%lead, reason = %parting, cause, "parted from a lead");
             }
             failures += 1;
-            if welcomed {
+            if let Some(lease) = welcomed {
                 (pause, failures) = (SHORTEST_PAUSE, 0);
+                longest = longest_pause(lease);
                 if self.events.send(Event::Parted).await.is_err() {
                     return;
                 }
@@ -130,14 +132,15 @@ impl LeadClient {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(jittered(pause, random())) => {}
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(longest);
         }
     }
 
-    async fn follow(&mut self, lead: SocketAddr, welcomed: &mut bool) -> Parting {
+    /// Follows one lead to the end; `welcomed` is then the lease, if there was a welcome.
+    async fn follow(&mut self, lead: SocketAddr, welcomed: &mut Option<Duration>) -> Parting {
         match self.open(lead).await {
             Ok(mut stream) => {
-                *welcomed = true;
+                *welcomed = Some(stream.welcome.lease());
                 tracing::info!(%lead, session = stream.welcome.session, "following a lead");
                 let event = Event::Welcomed {
                     welcome: stream.welcome,
@@ -347,6 +350,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     texts.join(": ")
 }
 
+/// The longest pause between two tries under a lease.
+///
+/// Leads that come back wait one lease before they call a cluster lost: an agent must find one in time, also where
+/// the first that it tries is still away.
+fn longest_pause(lease: Duration) -> Duration {
+    (lease / 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+}
+
 /// Between half of `pause` and all of it.
 fn jittered(pause: Duration, random: u64) -> Duration {
     let half = pause / 2;
@@ -361,6 +372,14 @@ fn random() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_agent_tries_every_lead_of_three_within_one_lease() {
+        for lease in [1, 3, 10, 60].map(Duration::from_secs) {
+            assert!(longest_pause(lease) * 3 < lease, "{lease:?}");
+        }
+        assert_eq!(longest_pause(Duration::from_secs(600)), LONGEST_PAUSE);
+    }
 
     #[test]
     fn a_pause_is_jittered_within_its_upper_half() {
