@@ -135,3 +135,11 @@ proptest::proptest! {
         let _ = parse(&text);
     }
 }
+
+#[test]
+fn the_goal_file_of_the_readme_is_a_goal_file() {
+    let readme = include_str!("../../../../README.md");
+    let (_, rest) = readme.split_once("```yaml\n").unwrap();
+    let (yaml, _) = rest.split_once("```").unwrap();
+    assert_eq!(parse(yaml).unwrap().len(), 1);
+}
