@@ -1,4 +1,4 @@
-//! The loads: one TCP stream, a ping-pong of one byte, and connections that carry one byte each.
+//! The loads: one TCP stream, a ping-pong of one byte, and connections, one after the other, that carry one byte.
 //!
 //! Client and server are threads of this process, each in its pod's namespace and on its own CPU, with
 //! blocking sockets and nothing between them and the kernel.
@@ -38,7 +38,7 @@ pub(crate) enum Metric {
     Throughput,
     /// One byte there and one back on one connection, per second.
     RequestResponse,
-    /// Connect, one byte, close; per second.
+    /// Connect, one byte, close by the server; per second.
     Connections,
 }
 
@@ -210,14 +210,22 @@ fn connect(target: SocketAddr, time: Duration) -> Result<f64> {
     let mut count = 0_u32;
     let start = Instant::now();
     while start.elapsed() < time {
-        open(target)?.write_all(&[0]).context("failed to write")?;
+        hand_over(target, 0)?;
         count += 1;
     }
     let lasted = start.elapsed();
-    open(target)?
-        .write_all(&[LAST])
-        .context("failed to write")?;
+    hand_over(target, LAST)?;
     Ok(f64::from(count) / lasted.as_secs_f64())
+}
+
+/// One connection: a byte there, and the server's end of it. Without waiting for that the client would measure how
+/// fast a full backlog is drained.
+fn hand_over(target: SocketAddr, byte: u8) -> Result<()> {
+    let mut stream = open(target)?;
+    stream.write_all(&[byte]).context("failed to write")?;
+    let read = stream.read(&mut [0]).context("failed to read")?;
+    ensure!(read == 0, "the server answered a byte where it should end");
+    Ok(())
 }
 
 fn accept(listener: &TcpListener) -> Result<Served> {
