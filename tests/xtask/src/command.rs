@@ -33,9 +33,9 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct TestArgs {
-    /// Leaves the demo out.
+    /// Shows the demo too, as one more test.
     #[arg(long)]
-    quick: bool,
+    demo: bool,
 }
 
 #[derive(Debug, Args)]
@@ -67,7 +67,7 @@ fn test(args: &TestArgs) -> Result<()> {
     check::verify()?;
     let mut tally = check::unit()?;
     tally += check::netns(None)?;
-    if !args.quick {
+    if args.demo {
         let shown = demo::run(&demo::DemoArgs::default());
         if let Err(error) = &shown {
             println!("the demo: {error:#}");
