@@ -270,8 +270,10 @@ pub(crate) fn note_inbound(packet: &Packet, endpoint: u32) {
             entry.touch();
         }
         None => {
+            let now = maps::now_ns();
             let flow = Flow {
-                last_seen_ns: maps::now_ns(),
+                last_seen_ns: now,
+                born_s: maps::seconds(now),
                 ..EMPTY
             };
             Table::Recent.put(&key, &flow);
@@ -311,4 +313,6 @@ const EMPTY: Flow = Flow {
     generation: 0,
     isn_be: 0,
     service: 0,
+    born_s: 0,
+    pad: 0,
 };

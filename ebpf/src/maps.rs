@@ -118,6 +118,12 @@ pub(crate) fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
+/// Whole seconds of a time of [`now_ns`].
+#[inline(always)]
+pub(crate) const fn seconds(ns: u64) -> u32 {
+    (ns / 1_000_000_000) as u32
+}
+
 /// A flow entry in map memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Entry(NonNull<Flow>);

@@ -132,9 +132,10 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
     let index = pick_backend(packet.family, choice, vip)?;
     let backend = maps::backend(index).ok_or(Reason::Internal)?;
     let address = address_of(backend, packet.family);
+    let now = maps::now_ns();
     // One value serves both entries, first the reverse one: stack is scarce.
     let mut flow = Flow {
-        last_seen_ns: maps::now_ns(),
+        last_seen_ns: now,
         addr: packet.key.dst,
         port_be: packet.key.dport_be,
         client_port_be: packet.key.sport_be,
@@ -147,6 +148,8 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
         generation: backend.generation,
         isn_be: packet.seq_be,
         service: vip.service,
+        born_s: maps::seconds(now),
+        pad: 0,
     };
     let hairpin = flow.flags & FLOW_HAIRPIN != 0;
     let mut key = FlowKey {

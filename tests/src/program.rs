@@ -109,7 +109,7 @@ impl Node {
 
     /// What the mesh and this node are.
     pub fn configure(&mut self, config: &Config) {
-        self.array::<88>("CONFIG")
+        self.array::<96>("CONFIG")
             .set(0, config.to_array(), 0)
             .expect("CONFIG has one element");
     }
@@ -190,7 +190,7 @@ impl Node {
 
     /// The entries of a flow table, `FLOWS` or `FLOWS_LRU`.
     pub fn flows(&mut self, table: &str) -> Vec<(FlowKey, Flow)> {
-        self.hash::<44, 48>(table)
+        self.hash::<44, 56>(table)
             .iter()
             .map(|entry| entry.expect("a flow entry"))
             .map(|(key, value)| (FlowKey::from_slice(&key), Flow::from_slice(&value)))

@@ -19,7 +19,7 @@
 //! [`LAYOUT_VERSION`], which is part of the pin path.
 
 /// The version of everything in this file; programs and maps are pinned under it.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// The VIP's own entry in `VIPS` has this port; together with the family's ICMP protocol number.
 pub const VIP_ITSELF_PORT: u16 = 0;
@@ -125,6 +125,10 @@ pub struct Config {
     pub tunnel_ifindex: u32,
     /// The largest inner packet (L3 bytes) the tunnel device takes; 0 while there is none.
     pub tunnel_mtu: u32,
+    /// Zero: no `CONFIG_...` flag is defined yet.
+    pub flags: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 /// Delivery of this endpoint is a plain redirect to `ifindex` (the node endpoint); else redirect to its peer.
@@ -168,6 +172,9 @@ pub struct VipKey {
     pub pad: u8,
 }
 
+/// Its UDP flows move to another backend at once when theirs drains or dies; else they end with it.
+pub const VIP_FOLLOW: u8 = 1;
+
 /// Where the flows of a declared port go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(C)]
@@ -182,8 +189,8 @@ pub struct Vip {
     pub target_port_be: u16,
     /// The policy's code, as in the address.
     pub policy: u8,
-    /// Zero.
-    pub pad: u8,
+    /// `VIP_...` flags.
+    pub flags: u8,
 }
 
 /// New flows may pick it, and its flows go on.
@@ -255,7 +262,7 @@ pub const FLOW_RST: u32 = 1 << 5;
 /// The client is its own backend: its source is the node endpoint's address on the way to itself.
 pub const FLOW_HAIRPIN: u32 = 1 << 6;
 
-/// What to write into a packet of a flow, and what is known of the flow.
+/// What to write into a packet of a flow, and what is known of the flow. Its first 48 bytes are the whole of layout version 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct Flow {
@@ -277,17 +284,21 @@ pub struct Flow {
     pub isn_be: u32,
     /// The service's number, for counters.
     pub service: u32,
+    /// Kernel monotonic time of its first packet, seconds.
+    pub born_s: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 const _: () = {
     assert!(size_of::<Addr>() == 16);
-    assert!(size_of::<Config>() == 88);
+    assert!(size_of::<Config>() == 96);
     assert!(size_of::<Endpoint>() == 64);
     assert!(size_of::<VipKey>() == 20);
     assert!(size_of::<Vip>() == 16);
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<FlowKey>() == 44);
-    assert!(size_of::<Flow>() == 48);
+    assert!(size_of::<Flow>() == 56);
 };
 
 #[cfg(test)]

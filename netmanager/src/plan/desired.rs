@@ -114,6 +114,8 @@ fn config(inputs: &Inputs<'_>) -> layout::Config {
         node: inputs.table.node.number,
         tunnel_ifindex: inputs.tunnel.map_or(0, |tunnel| tunnel.ifindex),
         tunnel_mtu: inputs.tunnel.map_or(0, |tunnel| tunnel.mtu),
+        flags: 0,
+        pad: 0,
     }
 }
 
@@ -201,7 +203,7 @@ fn add_vips(
                     service: service.number,
                     target_port_be: 0,
                     policy: wanted.policy.code(),
-                    pad: 0,
+                    flags: 0,
                 };
                 state
                     .vips

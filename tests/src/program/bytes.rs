@@ -66,11 +66,11 @@ macro_rules! structs {
 }
 structs! {
     Addr { words }
-    Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu }
+    Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu, flags, pad }
     Endpoint { addr6, addr4, number, ifindex, flags, quota, mac, host_mac, pad }
     VipKey { addr, port_be, proto, pad }
-    Vip { slot_base, slot_count, service, target_port_be, policy, pad }
+    Vip { slot_base, slot_count, service, target_port_be, policy, flags }
     Backend { addr6, addr4, node, generation, flags, pad }
     FlowKey { src, dst, sport_be, dport_be, endpoint, proto, direction, pad }
-    Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service }
+    Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service, born_s, pad }
 }

@@ -124,6 +124,8 @@ impl Stage {
             node: NODE,
             tunnel_ifindex: 99,
             tunnel_mtu: TUNNEL_MTU,
+            flags: 0,
+            pad: 0,
         });
         for number in [NODE_ENDPOINT, CLIENT, 3, 4] {
             node.attach(&Self::endpoint(number));
@@ -177,7 +179,7 @@ impl Stage {
                     service: u32::from(service),
                     target_port_be: target.to_be(),
                     policy: policy.code(),
-                    pad: 0,
+                    flags: 0,
                 };
                 self.node.declare(&key, &vip);
             }
