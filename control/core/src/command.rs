@@ -136,6 +136,8 @@ pub enum Reason {
     Update,
     /// Where it runs no longer meets its constraints.
     Constraint,
+    /// It did not become ready, or did not stay so, where it runs.
+    NotReady,
     /// A user asked for it.
     User,
 }

@@ -325,10 +325,11 @@ impl fmt::Display for GoalError {
 /// The applications of a goal file, one per document; every semantic error of every document at once.
 pub fn parse(yaml: &str) -> Result<Vec<Application>, GoalErrors> {
     let documents: Vec<Document> = serde_saphyr::from_multiple(yaml).map_err(|error| {
+        let line = error.location().map_or(0, |location| location.line());
         GoalErrors(vec![GoalError {
             path: String::new(),
-            line: error.location().map_or(0, |location| location.line()),
-            message: first_line(&error.without_snippet().to_string()),
+            line,
+            message: form(&error.without_snippet().to_string(), written(yaml, line)),
         }])
     })?;
     let mut check = Check::default();
@@ -366,8 +367,16 @@ pub fn parse(yaml: &str) -> Result<Vec<Application>, GoalErrors> {
     }
 }
 
-/// The parser's message without the location that it repeats, and without advice about the parser's options.
-fn first_line(message: &str) -> String {
+/// The text of a line, from 1; `None` where there is none or it is empty.
+fn written(yaml: &str, line: u64) -> Option<&str> {
+    let index = usize::try_from(line).ok()?.checked_sub(1)?;
+    let text = yaml.lines().nth(index)?.trim();
+    (!text.is_empty()).then_some(text)
+}
+
+/// The parser's message with what is written there and the way out; without the location, which the error has
+/// as a field, and without advice about the parser's options.
+fn form(message: &str, written: Option<&str>) -> String {
     let line = message.lines().next().unwrap_or_default();
     let line = line.strip_prefix("error: ").unwrap_or(line);
     let end = [" at line ", ", set DuplicateKeyPolicy"]
@@ -375,7 +384,23 @@ fn first_line(message: &str) -> String {
         .filter_map(|tail| line.rfind(tail))
         .min()
         .unwrap_or(line.len());
-    line[..end].to_owned()
+    let line = &line[..end];
+    let told = match line {
+        "invalid i64" => "this is no whole number: write one, as in 2".to_owned(),
+        "expected mapping start" => {
+            "fields are expected here: write them as key: value".to_owned()
+        }
+        "expected sequence start" => {
+            "a list is expected here: write it as [a, b], or each item after a dash".to_owned()
+        }
+        _ if line.starts_with("missing field") => format!("{line}: add it"),
+        _ if line.starts_with("duplicate") => format!("{line}: keep one of them"),
+        _ => line.to_owned(),
+    };
+    match written.filter(|_| !line.starts_with("missing")) {
+        Some(written) => format!("{told}; it reads `{written}`"),
+        None => told,
+    }
 }
 
 /// The JSON Schema of a goal file's document.

@@ -133,6 +133,14 @@ fn broken(kb: &KnowledgeBase, inputs: &Inputs, binding: &Binding, now_ms: u64) -
     }
 }
 
+/// Whether a binding's copy ends when its cluster is told so: both its agent and its node are there.
+fn stops_when_asked(kb: &KnowledgeBase, binding: &Binding) -> bool {
+    let cluster = kb.clusters.get(&binding.cluster);
+    let node = cluster.and_then(|cluster| cluster.nodes.get(&binding.node));
+    let answers = node.is_some_and(|node| node.not_ready_since_ms.is_none());
+    !kb.is_lost(&binding.cluster) && (binding.node.is_empty() || answers)
+}
+
 fn place_application(
     view: &mut View<'_>,
     (kb, inputs, now_ms): (&KnowledgeBase, &Inputs, u64),
@@ -172,7 +180,8 @@ fn place_application(
                             task.movable.insert(slot);
                         }
                     }
-                    Some(_) if !fenced => {}
+                    // One writer: what can still be asked to stop is stopped first, anything else is waited for.
+                    Some(_) if !fenced && !stops_when_asked(kb, binding) => {}
                     Some(Broken::Anywhere) => _ = task.pending.insert(slot),
                     Some(Broken::Elsewhere) => {
                         task.avoid.insert(slot.clone(), binding.cluster.clone());
@@ -194,6 +203,20 @@ fn place_application(
     let mut commands = Vec::new();
     for (slot, decision) in answer.binds {
         view.place(&slot, &decision.cluster);
+        if kb.fence_wait(&slot, now_ms) > 0
+            && let Some((source, _)) = kb.live(&slot)
+        {
+            commands.push(Command::StartMigration(Box::new(StartMigration {
+                source,
+                to: decision.cluster.clone(),
+                session: session(&decision.cluster),
+                generation: state.generation,
+                reason: Reason::NotReady,
+                decision: Some(decision),
+                slot,
+            })));
+            continue;
+        }
         commands.push(Command::Bind(Box::new(Bind {
             replaces: kb.live(&slot).map(|(epoch, _)| epoch),
             cluster: decision.cluster.clone(),

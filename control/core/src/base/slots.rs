@@ -8,7 +8,7 @@ use super::{
     STOP_GRACE_MS, Service,
 };
 use crate::{
-    command::{Applied, Bind, Outcome, Refusal, StartMigration},
+    command::{Applied, Bind, Outcome, Reason, Refusal, StartMigration},
     goal::Writers,
     migration::{self, Action, At, Event, Migration, State},
     name::{Name, Slot},
@@ -102,6 +102,9 @@ impl KnowledgeBase {
             return Err(Refusal::ClusterLost(from));
         }
         self.eligible(slot, &start.to)?;
+        if start.reason == Reason::NotReady {
+            self.bar_if_not_ready(slot, source);
+        }
         let target = self.next_epoch;
         self.next_epoch += 1;
         let state = match writers {

@@ -198,6 +198,22 @@ fn an_instance_that_does_not_answer_is_bound_elsewhere() {
 }
 
 #[test]
+fn one_writer_that_does_not_answer_is_stopped_and_then_bound_elsewhere() {
+    let mut world = shop();
+    let store = "default/shop/store".to_owned();
+    world.agent("cloud").mute.insert(store);
+    // World checks in each step that there are never two of it.
+    world.run(25);
+    assert_eq!(world.backends("default/shop/store"), ["fog"]);
+    assert_eq!(world.running("cloud"), 2);
+    let migration = &world.kb.migrations[&slot("default/shop/store#0")];
+    assert_eq!(
+        (migration.state, migration.reason),
+        (State::Done, Reason::NotReady)
+    );
+}
+
+#[test]
 fn what_cannot_be_placed_is_pending_with_reasons_and_the_rest_runs() {
     let mut world = World::new();
     world
