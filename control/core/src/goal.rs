@@ -387,9 +387,7 @@ fn form(message: &str, written: Option<&str>) -> String {
     let line = &line[..end];
     let told = match line {
         "invalid i64" => "this is no whole number: write one, as in 2".to_owned(),
-        "expected mapping start" => {
-            "fields are expected here: write them as key: value".to_owned()
-        }
+        "expected mapping start" => "fields are expected here: write them as key: value".to_owned(),
         "expected sequence start" => {
             "a list is expected here: write it as [a, b], or each item after a dash".to_owned()
         }

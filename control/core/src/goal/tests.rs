@@ -105,7 +105,10 @@ fn a_document_of_the_wrong_form_is_refused_with_its_line() {
         ("wrong type", GOOD.replace("replicas: 1", "replicas: many")),
         (
             "no list",
-            GOOD.replace("policies: [balanced, closest, instance]", "policies: balanced"),
+            GOOD.replace(
+                "policies: [balanced, closest, instance]",
+                "policies: balanced",
+            ),
         ),
         (
             "missing field",

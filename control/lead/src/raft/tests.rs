@@ -1,7 +1,10 @@
 //! openraft's own suite over our log, vote, state machine and snapshots.
 
+use control_core::{base::Mesh, command::Command, goal};
 use openraft::{
-    StorageError, StorageIOError,
+    CommittedLeaderId, Entry, EntryPayload, LogId, RaftSnapshotBuilder, StorageError,
+    StorageIOError,
+    storage::RaftStateMachine,
     testing::{StoreBuilder, Suite},
 };
 
@@ -56,33 +59,74 @@ fn data_of_another_lead_is_refused() {
     assert_eq!(own("a").unwrap(), 1);
 }
 
-#[tokio::test]
-async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
-    use control_core::{base::Mesh, command::Command};
-    use openraft::{
-        CommittedLeaderId, Entry, EntryPayload, LogId, RaftSnapshotBuilder,
-        storage::RaftStateMachine,
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::open(dir.path()).unwrap();
-    let replica = Arc::new(Replica::default());
-    let mut machine = Machine::load(disk.clone(), replica.clone()).unwrap();
-    let mesh = Mesh {
+fn init_mesh() -> Command {
+    Command::InitMesh(Mesh {
         name: "demo".to_owned(),
         prefix6: "fd00:1:2::/48".parse().unwrap(),
         prefix4: Some("10.16.0.0/12".parse().unwrap()),
         seed: u64::MAX,
         incarnation: 0,
         lease_ms: 10_000,
-    };
-    let entry = Entry {
-        log_id: LogId::new(CommittedLeaderId::new(1, 1), 7),
+    })
+}
+
+fn entry(index: u64, commands: Vec<Command>) -> Entry<Types> {
+    Entry {
+        log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
         payload: EntryPayload::Normal(Batch {
             log_time_ms: 5,
-            commands: vec![Command::InitMesh(mesh)],
+            commands,
         }),
+    }
+}
+
+#[tokio::test]
+async fn every_command_of_every_entry_has_its_effect_and_its_own_outcome() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(dir.path()).unwrap();
+    let replica = Arc::new(Replica::default());
+    let mut machine = Machine::load(disk, replica.clone()).unwrap();
+    let application = |name: &str| {
+        let yaml = format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: MeshApplication\nmetadata: {{ name: {name} }}\n\
+             spec: {{ services: [{{ name: a, command: [a] }}] }}"
+        );
+        let mut parsed = goal::parse(&yaml).unwrap();
+        Command::Apply(Box::new(parsed.remove(0)))
     };
-    machine.apply([entry]).await.unwrap();
+    let unknown = Command::ForgetCluster {
+        cluster: "nowhere".parse().unwrap(),
+    };
+    let outcomes = machine
+        .apply([
+            entry(1, vec![init_mesh(), application("first")]),
+            entry(
+                2,
+                vec![application("second"), unknown, application("third")],
+            ),
+        ])
+        .await
+        .unwrap();
+    let shape: Vec<Vec<bool>> = outcomes
+        .iter()
+        .map(|outcomes| outcomes.iter().map(Result::is_ok).collect())
+        .collect();
+    assert_eq!(shape, [vec![true, true], vec![true, false, true]]);
+    let names: Vec<String> = replica.read(|base| {
+        let apps = base.applications.keys();
+        apps.map(|app| app.name.to_string()).collect()
+    });
+    assert_eq!(names, ["first", "second", "third"]);
+    assert_eq!(replica.applied(), 2);
+}
+
+#[tokio::test]
+async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(dir.path()).unwrap();
+    let replica = Arc::new(Replica::default());
+    let mut machine = Machine::load(disk.clone(), replica.clone()).unwrap();
+    machine.apply([entry(7, vec![init_mesh()])]).await.unwrap();
     let mut builder = machine.get_snapshot_builder().await;
     builder.build_snapshot().await.unwrap();
 
