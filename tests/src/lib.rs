@@ -1,13 +1,18 @@
-//! The harness of the integration tests: network namespaces, links between them, waiting, programs.
+//! The harness of the integration tests: network namespaces, links between them, waiting, traffic, programs,
+//! whole nodes.
 //!
 //! Every test makes its own machines and leaves none behind, also when it panics. The harness does *not*
 //! skip: a capability that is missing fails the test that needs it.
 #![forbid(unsafe_code)]
 
 pub mod binary;
+pub mod capture;
+pub mod mesh;
 pub mod netns;
 pub mod program;
+pub mod raw;
 pub mod topology;
+pub mod traffic;
 pub mod wait;
 
 pub use binary::binary;

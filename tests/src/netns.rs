@@ -6,7 +6,7 @@
 use std::{
     any::Any,
     fs::File,
-    io,
+    io::{self, Write},
     panic::resume_unwind,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -132,6 +132,36 @@ impl Netns {
     /// When it ends with an error.
     pub fn ip(&self, args: &str) -> Result<String, NetnsError> {
         self.succeed("ip", &args.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// Runs the lines as commands of one `ip`, in order.
+    ///
+    /// # Errors
+    /// When one of them ends with an error; those before it stay done.
+    pub fn ip_batch(&self, lines: &[String]) -> Result<(), NetnsError> {
+        let batch = format!("{}\n", lines.join("\n"));
+        // One process instead of one per line: a mesh is hundreds of lines.
+        let run = || {
+            let (reader, mut writer) = io::pipe()?;
+            // A batch is smaller than what a pipe holds.
+            writer.write_all(batch.as_bytes())?;
+            drop(writer);
+            let mut ip = Command::new("ip");
+            ip.args(["-batch", "-"]).stdin(reader).output()
+        };
+        let output = self.run(run).map_err(|source| NetnsError::Start {
+            program: "ip".to_owned(),
+            source,
+        })?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(NetnsError::Failed {
+            command: batch,
+            netns: self.name.clone(),
+            status: output.status,
+            stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        })
     }
 
     /// Starts `command` inside and leaves it running; it is killed when the guard is dropped.

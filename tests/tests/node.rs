@@ -16,7 +16,10 @@ use netmanager_api::{
     cni::{Reply, Request},
     table::BackendState::{Draining, Ready},
 };
-use weft_tests::wait_for;
+use weft_tests::{
+    traffic::{call, datagram, echo, failure, ping},
+    wait_for,
+};
 
 #[path = "follow/agent.rs"]
 mod agent;
@@ -26,11 +29,8 @@ mod machine;
 mod mesh;
 #[path = "node/stream.rs"]
 mod stream;
-#[path = "node/traffic.rs"]
-mod traffic;
 
 use machine::{AT_ONCE, Node, SOON, UNLINKED4, VIP4, table, unlinked6, vip6};
-use traffic::{call, datagram, echo, failure, ping};
 
 fn a_vip_is_served(label: &str, args: &[&str]) {
     let node = Node::start(label, args);

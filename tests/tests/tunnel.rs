@@ -19,14 +19,15 @@ use weft_netmanager::{
     tunnel::socket_path,
     wireguard::peers::PeerOp,
 };
-use weft_tests::{topology::pair, wait_for};
+use weft_tests::{
+    capture::{self, Capture},
+    topology::pair,
+    wait_for,
+};
 
-#[path = "tunnel/capture.rs"]
-mod capture;
 #[path = "tunnel/machine.rs"]
 mod machine;
 
-use capture::Capture;
 use machine::{Machine, connected, connected_by, exchange, listen, stream};
 
 /// Handshake and first bytes take some ms on an idle machine.

@@ -4,11 +4,11 @@
 use std::{
     fs,
     io::{self, BufRead, BufReader, Write},
-    net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread,
+    sync::Mutex,
     time::Duration,
 };
 
@@ -26,7 +26,7 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
-use weft_tests::{Netns, Process, binary, wait_for};
+use weft_tests::{Netns, Process, binary, traffic::Server, wait_for};
 
 /// A daemon that starts loads programs; a debug build on a busy machine takes a second.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -345,6 +345,7 @@ impl Node {
             .ip(&format!("link set {} up", reserved.host_ifname))
             .unwrap();
         Pod {
+            servers: Mutex::default(),
             netns,
             node: self.number,
             key,
@@ -405,6 +406,7 @@ impl Node {
 }
 
 pub(crate) struct Pod {
+    servers: Mutex<Vec<Server>>,
     pub(crate) netns: Netns,
     node: u32,
     pub(crate) key: AttachmentKey,
@@ -424,30 +426,9 @@ impl Pod {
         }
     }
 
-    /// Answers TCP 8080 and UDP 5353 until the test ends: a greeting with `name`, then what it hears.
-    pub(crate) fn serve(&self, name: &'static str) {
-        let (tcp, udp) = self.netns.run(|| {
-            (
-                TcpListener::bind("[::]:8080").unwrap(),
-                UdpSocket::bind("[::]:5353").unwrap(),
-            )
-        });
-        thread::spawn(move || {
-            for mut stream in tcp.incoming().flatten() {
-                thread::spawn(move || {
-                    let mut reader = stream.try_clone()?;
-                    stream.write_all(format!("{name}\n").as_bytes())?;
-                    io::copy(&mut reader, &mut stream)
-                });
-            }
-        });
-        thread::spawn(move || {
-            let mut datagram = [0; 2048];
-            while let Ok((length, from)) = udp.recv_from(&mut datagram) {
-                if udp.send_to(&datagram[..length], from).is_err() {
-                    return;
-                }
-            }
-        });
+    /// Answers TCP 8080 and UDP 5353 until the pod is dropped.
+    pub(crate) fn serve(&self, name: &str) {
+        let server = Server::start(&self.netns, name, &[8080], &[5353]).unwrap();
+        self.servers.lock().unwrap().push(server);
     }
 }

@@ -14,12 +14,13 @@ use netmanager_api::table::{
     Peer,
 };
 use weft_netmanager::{tunnel::key_path, wireguard::key::PrivateKey};
-use weft_tests::{topology::pair, wait_for};
-
-use super::{
-    machine::{Node, Pod, SOON, block4, table_of, vip},
+use weft_tests::{
+    topology::pair,
     traffic::{call, datagram, echo, ping},
+    wait_for,
 };
+
+use super::machine::{Node, Pod, SOON, block4, table_of, vip};
 
 /// In a namespace of its own, any port is free.
 const PORT: u16 = 27_460;

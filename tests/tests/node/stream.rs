@@ -12,12 +12,15 @@ use tokio::{
     runtime::{Builder, Runtime},
     time::timeout,
 };
-use weft_tests::{Netns, wait_for};
+use weft_tests::{
+    Netns,
+    traffic::{call, echo},
+    wait_for,
+};
 
 use super::{
     agent::{Agent, Authority},
     machine::{Node, SOON, VIP4, table},
-    traffic::{call, echo},
 };
 
 struct Followed {

@@ -1,4 +1,9 @@
-//! What is on the wire of an underlay link.
+//! What is on the wire of a link.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a step of a test that fails, fails the test, here as in its body"
+)]
 
 use std::{
     os::fd::AsRawFd,
@@ -9,6 +14,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use crate::Netns;
 use nix::{
     net::if_::if_nametoindex,
     sys::{
@@ -19,16 +25,21 @@ use nix::{
         time::TimeVal,
     },
 };
-use weft_tests::Netns;
 
-/// Takes every frame of one link.
-pub(crate) struct Capture {
+/// Takes every frame of one link, both ways.
+#[derive(Debug)]
+pub struct Capture {
     stop: Arc<AtomicBool>,
     frames: JoinHandle<Vec<Vec<u8>>>,
 }
 
 impl Capture {
-    pub(crate) fn start(netns: &Netns, device: &str) -> Self {
+    /// Begins; every frame from now on is taken.
+    ///
+    /// # Panics
+    /// When the device is not there or the capability is missing.
+    #[must_use]
+    pub fn start(netns: &Netns, device: &str) -> Self {
         let (fd, index) = netns.run(|| {
             let fd = socket(
                 AddressFamily::Packet,
@@ -61,7 +72,12 @@ impl Capture {
         Self { stop, frames }
     }
 
-    pub(crate) fn stop(self) -> Vec<Vec<u8>> {
+    /// Ends, and gives the frames in their order.
+    ///
+    /// # Panics
+    /// When the capture itself failed.
+    #[must_use]
+    pub fn stop(self) -> Vec<Vec<u8>> {
         self.stop.store(true, Ordering::Relaxed);
         self.frames.join().unwrap()
     }
@@ -69,17 +85,23 @@ impl Capture {
 
 /// What a frame carries.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Outer {
+pub enum Outer {
+    /// A UDP datagram.
     Udp {
+        /// Its source port.
         source: u16,
+        /// Its destination port.
         target: u16,
     },
     /// ARP, neighbour discovery and group membership of the underlay itself.
     Housekeeping,
+    /// Anything else.
     Other,
 }
 
-pub(crate) fn outer(frame: &[u8]) -> Outer {
+/// Says what an Ethernet frame carries, by its outermost headers.
+#[must_use]
+pub fn outer(frame: &[u8]) -> Outer {
     let udp = |header: &[u8]| Outer::Udp {
         source: u16::from_be_bytes([header[0], header[1]]),
         target: u16::from_be_bytes([header[2], header[3]]),

@@ -1,0 +1,225 @@
+//! Traffic of the tests: servers that say who they are, and calls that say at once whether they got through.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a step of a test that fails, fails the test, here as in its body"
+)]
+
+use std::{
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
+use nix::sys::{
+    socket::{
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect,
+        recv, send, setsockopt, socket,
+        sockopt::{Ipv4RecvErr, Ipv6RecvErr, ReceiveTimeout, ReuseAddr, SendTimeout},
+    },
+    time::TimeVal,
+};
+
+use crate::Netns;
+
+mod server;
+
+pub use server::{MARKER, Server};
+
+/// The declared TCP port of the tests' services.
+pub const HTTP: u16 = 80;
+/// The declared UDP port of the tests' services.
+pub const DNS: u16 = 53;
+/// After this long a call has failed.
+const PATIENCE_S: i64 = 3;
+const PATIENCE: Duration = Duration::from_secs(PATIENCE_S as u64);
+
+/// A connection from `netns` to port [`HTTP`], and who greets at its other end.
+///
+/// # Errors
+/// When nobody answers within three seconds, or somebody refuses.
+pub fn call(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<(TcpStream, String)> {
+    call_at(netns, SocketAddr::new(to.into(), HTTP))
+}
+
+/// As [`call`], at any port.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_at(netns: &Netns, to: SocketAddr) -> io::Result<(TcpStream, String)> {
+    let mut stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+    let who = greeting(&mut stream)?;
+    Ok((stream, who))
+}
+
+/// As [`call_at`], from a source address and port that may be in use by other connections.
+///
+/// # Errors
+/// As [`call`], and when the source cannot be had.
+pub fn call_from(
+    netns: &Netns,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> io::Result<(TcpStream, String)> {
+    let mut stream = connection_from(netns, from, to)?;
+    let who = greeting(&mut stream)?;
+    Ok((stream, who))
+}
+
+/// A connection of which nothing was read.
+///
+/// # Errors
+/// As [`call_from`].
+pub fn connection_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    let family = if to.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let socket = netns.run(|| socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None))?;
+    setsockopt(&socket, ReuseAddr, &true)?;
+    // It bounds connect, too (socket(7), SO_SNDTIMEO).
+    setsockopt(&socket, SendTimeout, &TimeVal::new(PATIENCE_S, 0))?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    Ok(socket.into())
+}
+
+fn greeting(stream: &mut TcpStream) -> io::Result<String> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    let mut greeting = Vec::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        stream.read_exact(&mut byte)?;
+        greeting.extend(byte);
+    }
+    Ok(name_in(&greeting))
+}
+
+fn name_in(greeting: &[u8]) -> String {
+    let text = String::from_utf8_lossy(greeting);
+    text.trim().trim_start_matches(MARKER).to_owned()
+}
+
+/// Sends bytes over a connection and reads them back.
+///
+/// # Errors
+/// When the connection breaks or stays silent for three seconds.
+///
+/// # Panics
+/// When other bytes come back.
+pub fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+    // Both at once: more than both ends' buffers would block for ever.
+    let mut writer = stream.try_clone()?;
+    let mut back = vec![0; bytes.len()];
+    std::thread::scope(|scope| {
+        let written = scope.spawn(move || writer.write_all(bytes));
+        stream.read_exact(&mut back)?;
+        written.join().expect("a writer returns its errors")
+    })?;
+    assert!(back == bytes, "other bytes came back");
+    Ok(())
+}
+
+/// Sends a datagram to port [`DNS`] and reads it back; who answered.
+///
+/// # Errors
+/// When nobody answers within three seconds, or somebody refuses.
+pub fn datagram(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<String> {
+    let to = SocketAddr::new(to.into(), DNS);
+    datagram_over(&datagram_socket(netns, any_of(&to))?, to)
+}
+
+/// A UDP socket in `netns`.
+///
+/// # Errors
+/// When the source cannot be had.
+pub fn datagram_socket(netns: &Netns, from: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = netns.run(|| UdpSocket::bind(from))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+/// Sends a datagram over an unconnected socket, and reads the answer, which must come from `to`.
+///
+/// # Errors
+/// As [`datagram`].
+///
+/// # Panics
+/// When the answer comes from elsewhere, or is another.
+pub fn datagram_over(socket: &UdpSocket, to: SocketAddr) -> io::Result<String> {
+    socket.send_to(b"question", to)?;
+    let mut back = [0; 128];
+    let (length, from) = socket.recv_from(&mut back)?;
+    assert_eq!(from, to, "who was asked answers");
+    let (who, rest) = back[..length].split_at(length - b"question".len());
+    assert_eq!(rest, b"question");
+    Ok(name_in(who))
+}
+
+/// The unspecified address of `to`'s family, port 0.
+#[must_use]
+pub fn any_of(to: &SocketAddr) -> SocketAddr {
+    match to {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
+/// An ICMP echo.
+///
+/// # Errors
+/// When no answer comes within three seconds, or an error does.
+///
+/// # Panics
+/// When another answer comes.
+pub fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
+    let to = SocketAddr::new(to.into(), 0);
+    let (family, protocol, request, answer) = if to.is_ipv4() {
+        (AddressFamily::Inet, SockProtocol::Icmp, 8u8, 0u8)
+    } else {
+        (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 129)
+    };
+    netns
+        .sysctl("ipv4.ping_group_range", "0 2147483647")
+        .unwrap();
+    let socket = netns.run(|| {
+        socket(
+            family,
+            SockType::Datagram,
+            SockFlag::empty(),
+            Some(protocol),
+        )
+    })?;
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::new(PATIENCE_S, 0))?;
+    // A host that is unreachable is an error here, too, not only a port.
+    match to {
+        SocketAddr::V4(_) => setsockopt(&socket, Ipv4RecvErr, &true)?,
+        SocketAddr::V6(_) => setsockopt(&socket, Ipv6RecvErr, &true)?,
+    }
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    send(
+        socket.as_raw_fd(),
+        &[request, 0, 0, 0, 0, 0, 0, 1, b'w'],
+        MsgFlags::empty(),
+    )?;
+    let mut back = [0; 64];
+    let length = recv(socket.as_raw_fd(), &mut back, MsgFlags::empty())?;
+    assert_eq!((back[0], length), (answer, 9));
+    Ok(())
+}
+
+/// How long `work` takes to fail, and its error.
+///
+/// # Panics
+/// When it succeeds.
+#[track_caller]
+pub fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error) {
+    let start = Instant::now();
+    match work() {
+        Ok(_) => panic!("it succeeded"),
+        Err(error) => (start.elapsed(), error),
+    }
+}
