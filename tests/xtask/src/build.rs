@@ -11,9 +11,13 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// The product's binaries and the package of each. The CNI plugin stands alone, so that the features which
-/// the others ask of their common crates do not make it larger.
-const RELEASE: &[&[&str]] = &[&["weft", "weft-netmanager", "bookinfo"], &["weft-cni"]];
+/// Packages whose binaries are built together. The CNI plugin stands alone, so that the features which the others
+/// ask of their common crates do not make it larger.
+type Groups = &'static [&'static [&'static str]];
+/// All of the product.
+pub(crate) const PRODUCT: Groups = &[&["weft", "weft-netmanager", "bookinfo"], &["weft-cni"]];
+/// What carries packets.
+pub(crate) const DATA_PATH: Groups = &[&["weft-netmanager"], &["weft-cni"]];
 
 /// A cargo command at the workspace's root.
 pub(crate) fn cargo(args: &[&str]) -> Command {
@@ -39,10 +43,10 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the product's binaries for release; returns the folder that holds all of them.
-pub(crate) fn release() -> Result<PathBuf> {
+/// Builds binaries of the product for release; returns the folder that holds all of them.
+pub(crate) fn release(groups: Groups) -> Result<PathBuf> {
     let mut folder = None;
-    for packages in RELEASE {
+    for packages in groups {
         for (name, path) in executables(packages)? {
             let parent = path
                 .parent()

@@ -51,7 +51,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     host::check(host::Needs::NETWORK)?;
     let binaries = match &args.binaries {
         Some(dir) => dir.clone(),
-        None => build::release()?,
+        None => build::release(build::PRODUCT)?,
     };
     let report = Report::new(args.json);
     let before = Machine::look();

@@ -1,73 +1,113 @@
-//! The peers: a direct route, and kube-proxy's ways, each with two pods on a node of its own.
+//! The cases on one node: Weft's own, a direct route, and kube-proxy's ways, each with two pods on a node of its own.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path,
+};
 
 use anyhow::{Context, Result};
 use weft_tests::{Netns, netns::NetnsError, topology};
 
-use crate::load::{Metric, Path};
+use crate::{
+    load::{Family, Metric, Path},
+    mesh::{self, Machine},
+    tunnel::Plain,
+};
 
 /// A service address that only the DNAT rules know.
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 
-/// Two pods on a node, and the address by which the one calls the other.
+pub(crate) const DIRECT: &str = "direct route";
+pub(crate) const VIP: &str = "same-node vip";
+pub(crate) const IPTABLES: &str = "iptables dnat";
+pub(crate) const NFTABLES: &str = "nftables dnat";
+
+/// Two pods, and the addresses by which the one calls the other.
 #[derive(Debug)]
 pub(crate) struct Case {
     pub(crate) name: &'static str,
-    node: Netns,
-    client: Netns,
-    server: Netns,
-    address: IpAddr,
+    // In this order: what runs in a namespace ends before it.
+    pub(crate) machines: Vec<Machine>,
+    pub(crate) _plains: Vec<Plain>,
+    pub(crate) client: Netns,
+    pub(crate) server: Netns,
+    pub(crate) nodes: Vec<Netns>,
+    pub(crate) addresses: Vec<IpAddr>,
 }
 
 impl Case {
-    pub(crate) fn path(&self) -> Path<'_> {
-        Path {
+    /// The way to the server over a family; `None` where the case has none.
+    pub(crate) fn path(&self, family: Family) -> Option<Path<'_>> {
+        let wanted = |address: &&IpAddr| address.is_ipv4() == (family == Family::Ipv4);
+        let address = *self.addresses.iter().find(wanted)?;
+        Some(Path {
             client: &self.client,
             server: &self.server,
-            address: self.address,
-        }
+            address,
+        })
+    }
+
+    /// A node with its NetManager, and a VIP between two of its pods.
+    pub(crate) fn vip(binaries: &path::Path) -> Result<Self> {
+        let (node, [client, server]) = machines("vip")?;
+        // An underlay as other nodes have it: its MTU is what the pods' is made of.
+        node.ip("link add up0 type veth peer name up1")?;
+        node.ip("link set up1 up")?;
+        let mut machine = Machine::start(node, 1, binaries)?;
+        machine.attach(&client, "")?;
+        let backend = machine.attach(&server, &mesh::identity())?;
+        machine.follow(&[(1, backend)], &[])?;
+        machine.wait_reached(&client, &server)?;
+        Ok(Self {
+            name: VIP,
+            machines: vec![machine],
+            _plains: vec![],
+            client,
+            server,
+            nodes: vec![],
+            addresses: mesh::vips(),
+        })
     }
 
     /// Each pod on a veth pair of its own, the node routes between them, and nothing else is there.
     pub(crate) fn direct() -> Result<Self> {
         let (node, [client, server]) = machines("direct")?;
         for (number, pod) in [(1, &client), (2, &server)] {
-            let device = format!("pod{number}");
-            topology::veth(pod, "eth0", &node, &device)?;
-            topology::address(pod, "eth0", &format!("192.0.2.{number}/32"))?;
-            pod.ip("route add 169.254.1.1 dev eth0 scope link")?;
-            pod.ip("route add default via 169.254.1.1 dev eth0")?;
-            topology::address(&node, &device, "169.254.1.1/32")?;
-            node.ip(&format!("route add 192.0.2.{number}/32 dev {device}"))?;
+            wire(&node, pod, number)?;
         }
         Ok(Self {
-            name: "direct route",
-            node,
+            name: DIRECT,
+            machines: vec![],
+            _plains: vec![],
             client,
             server,
-            address: IpAddr::from([192, 0, 2, 2]),
+            nodes: vec![node],
+            addresses: pod_addresses(2),
         })
     }
 
-    /// A bridge with both pods, and a DNAT rule of iptables.
+    /// A bridge with both pods, and DNAT rules of iptables.
     pub(crate) fn iptables() -> Result<Self> {
-        let case = Self::bridged("iptables dnat", "iptables")?;
-        let rule =
-            format!("-t nat -A PREROUTING -d {SERVICE} -p tcp -j DNAT --to-destination 192.0.2.2");
-        let words: Vec<_> = rule.split_whitespace().collect();
-        case.node.succeed("iptables", &words)?;
+        let case = Self::bridged(IPTABLES, "iptables")?;
+        for protocol in ["tcp", "udp"] {
+            let rule = format!(
+                "-t nat -A PREROUTING -d {SERVICE} -p {protocol} -j DNAT --to-destination 192.0.2.2"
+            );
+            let words: Vec<_> = rule.split_whitespace().collect();
+            case.nodes[0].succeed("iptables", &words)?;
+        }
         Ok(case)
     }
 
     /// A bridge with both pods, and a DNAT rule of nftables.
     pub(crate) fn nftables() -> Result<Self> {
-        let case = Self::bridged("nftables dnat", "nftables")?;
-        case.node.succeed("nft", &["add table ip weft"])?;
+        let case = Self::bridged(NFTABLES, "nftables")?;
+        let node = &case.nodes[0];
+        node.succeed("nft", &["add table ip weft"])?;
         let chain = "add chain ip weft pre { type nat hook prerouting priority dstnat; }";
-        case.node.succeed("nft", &[chain])?;
+        node.succeed("nft", &[chain])?;
         let rule = format!("add rule ip weft pre ip daddr {SERVICE} dnat to 192.0.2.2");
-        case.node.succeed("nft", &[&rule])?;
+        node.succeed("nft", &[&rule])?;
         Ok(case)
     }
 
@@ -87,45 +127,66 @@ impl Case {
         node.sysctl("bridge.bridge-nf-call-iptables", "1")?;
         Ok(Self {
             name,
-            node,
+            machines: vec![],
+            _plains: vec![],
             client,
             server,
-            address: SERVICE.into(),
+            nodes: vec![node],
+            addresses: vec![SERVICE.into()],
         })
     }
+}
 
-    /// Two pods that somebody else wired.
-    pub(crate) fn wired(
-        name: &'static str,
-        node: Netns,
-        [client, server]: [Netns; 2],
-        address: IpAddr,
-    ) -> Self {
-        Self {
-            name,
-            node,
-            client,
-            server,
-            address,
-        }
+/// The addresses of a pod that is wired without Weft.
+pub(crate) fn pod_addresses(number: u8) -> Vec<IpAddr> {
+    vec![
+        IpAddr::from([192, 0, 2, number]),
+        IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(number)]),
+    ]
+}
+
+/// Wires a pod to its node by a veth pair and routes of both families, without Weft.
+pub(crate) fn wire(node: &Netns, pod: &Netns, number: u8) -> Result<()> {
+    let device = format!("pod{number}");
+    topology::veth(pod, "eth0", node, &device)?;
+    for (gateway, length) in [("169.254.1.1", 32), ("fe80::1", 64)] {
+        topology::address(node, &device, &format!("{gateway}/{length}"))?;
     }
+    for address in pod_addresses(number) {
+        let length = if address.is_ipv4() { 32 } else { 128 };
+        topology::address(pod, "eth0", &format!("{address}/{length}"))?;
+        node.ip(&format!("route add {address}/{length} dev {device}"))?;
+    }
+    pod.ip("route add 169.254.1.1 dev eth0 scope link")?;
+    pod.ip("route add default via 169.254.1.1 dev eth0")?;
+    pod.ip("-6 route add default via fe80::1 dev eth0")?;
+    Ok(())
 }
 
 /// A node that forwards, and two pods whose clients do not run out of ports.
 pub(crate) fn machines(label: &str) -> Result<(Netns, [Netns; 2])> {
     let make = || -> Result<(Netns, [Netns; 2]), NetnsError> {
-        let node = Netns::new(label)?;
-        node.sysctl("ipv4.ip_forward", "1")?;
-        let pods = [Netns::new(label)?, Netns::new(label)?];
-        for pod in &pods {
-            pod.sysctl("ipv4.ip_local_port_range", "1024 65535")?;
-            pod.sysctl("ipv4.tcp_tw_reuse", "1")?;
-            let own = Metric::ALL
-                .map(|metric| metric.port().to_string())
-                .join(",");
-            pod.sysctl("ipv4.ip_local_reserved_ports", &own)?;
-        }
-        Ok((node, pods))
+        Ok((node(label)?, [pod(label)?, pod(label)?]))
     };
     make().with_context(|| format!("failed to make the machines of {label}"))
+}
+
+/// A namespace that forwards.
+pub(crate) fn node(label: &str) -> Result<Netns, NetnsError> {
+    let node = Netns::new(label)?;
+    node.sysctl("ipv4.ip_forward", "1")?;
+    node.sysctl("ipv6.conf.all.forwarding", "1")?;
+    Ok(node)
+}
+
+/// A namespace whose clients do not run out of ports.
+pub(crate) fn pod(label: &str) -> Result<Netns, NetnsError> {
+    let pod = Netns::new(label)?;
+    pod.sysctl("ipv4.ip_local_port_range", "1024 65535")?;
+    pod.sysctl("ipv4.tcp_tw_reuse", "1")?;
+    let own = Metric::ALL
+        .map(|metric| metric.port().to_string())
+        .join(",");
+    pod.sysctl("ipv4.ip_local_reserved_ports", &own)?;
+    Ok(pod)
 }

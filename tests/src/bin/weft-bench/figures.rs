@@ -1,46 +1,108 @@
-//! Medians, ratios of the same round, and a bootstrap interval of their median.
+//! What was measured, a value per round, and what it says: medians, comparisons within a round, and a bootstrap
+//! interval of their median.
+
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::load::Family;
+
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 2_000;
+
+/// What one line of the result is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Series {
+    pub(crate) metric: &'static str,
+    pub(crate) family: Family,
+    pub(crate) case: &'static str,
+}
+
+/// All values, by series.
+#[derive(Debug, Default)]
+pub(crate) struct Figures {
+    values: BTreeMap<Series, Measured>,
+}
+
+#[derive(Debug)]
+struct Measured {
+    unit: &'static str,
+    rounds: Vec<f64>,
+}
+
+/// A median and its bootstrap 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Interval {
+    pub(crate) median: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
 
 /// One line of the result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Row {
     pub(crate) case: &'static str,
     pub(crate) metric: &'static str,
+    pub(crate) family: Family,
     pub(crate) unit: &'static str,
     pub(crate) median: f64,
     pub(crate) min: f64,
     pub(crate) max: f64,
-    /// Median over the rounds of the value by the reference's value in the same round.
-    pub(crate) ratio: f64,
+    /// Median over the rounds of the value by the reference's value in the same round; none without a reference.
+    pub(crate) ratio: Option<f64>,
     /// Lower end of its bootstrap 95 % interval.
-    pub(crate) ratio_low: f64,
+    pub(crate) ratio_low: Option<f64>,
+    /// Upper end of its bootstrap 95 % interval.
+    pub(crate) ratio_high: Option<f64>,
 }
 
-impl Row {
-    /// Sums up `values`, one per round, beside the reference's of the same rounds; neither is empty.
-    pub(crate) fn new(
-        case: &'static str,
-        metric: &'static str,
-        unit: &'static str,
-        values: &[f64],
-        reference: &[f64],
-    ) -> Self {
-        let ratios: Vec<f64> = values.iter().zip(reference).map(|(a, b)| a / b).collect();
-        let sorted = sorted(values);
-        Self {
-            case,
-            metric,
+impl Figures {
+    /// Adds the value of one more round.
+    pub(crate) fn push(&mut self, series: Series, unit: &'static str, value: f64) {
+        let measured = self.values.entry(series).or_insert_with(|| Measured {
             unit,
-            median: median(values),
-            min: sorted[0],
-            max: sorted[sorted.len() - 1],
-            ratio: median(&ratios),
-            ratio_low: low(&ratios),
-        }
+            rounds: Vec::new(),
+        });
+        measured.rounds.push(value);
+    }
+
+    /// Every series that was measured.
+    pub(crate) fn series(&self) -> impl Iterator<Item = Series> {
+        self.values.keys().copied()
+    }
+
+    /// `compare` of the values of two series in each round; none where one was not measured.
+    pub(crate) fn compare(
+        &self,
+        own: Series,
+        reference: Series,
+        compare: impl Fn(f64, f64) -> f64,
+    ) -> Option<Interval> {
+        let (own, reference) = (self.values.get(&own)?, self.values.get(&reference)?);
+        let pairs = own.rounds.iter().zip(&reference.rounds);
+        let compared: Vec<f64> = pairs.map(|(own, other)| compare(*own, *other)).collect();
+        Some(interval(&compared))
+    }
+
+    /// A line for each series; `reference` says what it is divided by.
+    pub(crate) fn rows(&self, reference: impl Fn(Series) -> Series) -> Vec<Row> {
+        let row = |(series, measured): (&Series, &Measured)| {
+            let sorted = sorted(&measured.rounds);
+            let ratio = self.compare(*series, reference(*series), |own, other| own / other);
+            Row {
+                case: series.case,
+                metric: series.metric,
+                family: series.family,
+                unit: measured.unit,
+                median: median(&measured.rounds),
+                min: sorted[0],
+                max: sorted[sorted.len() - 1],
+                ratio: ratio.map(|ratio| ratio.median),
+                ratio_low: ratio.map(|ratio| ratio.low),
+                ratio_high: ratio.map(|ratio| ratio.high),
+            }
+        };
+        self.values.iter().map(row).collect()
     }
 }
 
@@ -60,19 +122,23 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The 2.5th percentile of the medians of resamples; the same for the same values.
-fn low(ratios: &[f64]) -> f64 {
+/// The 2.5th and 97.5th percentile of the medians of resamples; the same for the same values.
+fn interval(values: &[f64]) -> Interval {
     let mut random = Random(0x5eed);
-    let mut medians: Vec<f64> = (0..RESAMPLES)
+    let medians: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
-            let resample: Vec<f64> = (0..ratios.len())
-                .map(|_| ratios[random.below(ratios.len())])
+            let resample: Vec<f64> = (0..values.len())
+                .map(|_| values[random.below(values.len())])
                 .collect();
             median(&resample)
         })
         .collect();
-    medians.sort_by(f64::total_cmp);
-    medians[RESAMPLES / 40]
+    let medians = sorted(&medians);
+    Interval {
+        median: median(values),
+        low: medians[RESAMPLES / 40],
+        high: medians[RESAMPLES - 1 - RESAMPLES / 40],
+    }
 }
 
 /// `SplitMix64` (Steele, Lea, Flood 2014).
@@ -93,27 +159,59 @@ impl Random {
 mod tests {
     use super::*;
 
+    fn series(case: &'static str) -> Series {
+        Series {
+            metric: "m",
+            family: Family::Ipv4,
+            case,
+        }
+    }
+
+    fn figures(own: &[f64], reference: &[f64]) -> Figures {
+        let mut figures = Figures::default();
+        for (own, reference) in own.iter().zip(reference) {
+            figures.push(series("own"), "u", *own);
+            figures.push(series("reference"), "u", *reference);
+        }
+        figures
+    }
+
+    fn own_row(figures: &Figures) -> Row {
+        let rows = figures.rows(|_| series("reference"));
+        rows.into_iter().find(|row| row.case == "own").unwrap()
+    }
+
     #[test]
     fn a_ratio_is_taken_within_its_round() {
-        let row = Row::new("c", "m", "u", &[10.0, 40.0, 90.0], &[10.0, 20.0, 30.0]);
+        let row = own_row(&figures(&[10.0, 40.0, 90.0], &[10.0, 20.0, 30.0]));
         assert_eq!(
             (row.median, row.min, row.max, row.ratio),
-            (40.0, 10.0, 90.0, 2.0)
+            (40.0, 10.0, 90.0, Some(2.0))
         );
     }
 
     #[test]
     fn the_interval_is_a_point_where_all_rounds_agree_and_wider_where_they_do_not() {
-        let same = Row::new("c", "m", "u", &[9.0; 15], &[10.0; 15]);
+        let same = own_row(&figures(&[9.0; 15], &[10.0; 15]));
         assert_eq!(same.ratio_low, same.ratio);
+        assert_eq!(same.ratio_high, same.ratio);
         let values: Vec<f64> = (1..=15).map(f64::from).collect();
-        let wide = Row::new("c", "m", "u", &values, &[10.0; 15]);
-        assert_eq!(wide.ratio, 0.8);
-        assert!((0.3..0.8).contains(&wide.ratio_low), "{}", wide.ratio_low);
+        let wide = own_row(&figures(&values, &[10.0; 15]));
+        assert_eq!(wide.ratio, Some(0.8));
+        let (low, high) = (wide.ratio_low.unwrap(), wide.ratio_high.unwrap());
+        assert!((0.3..0.8).contains(&low), "{low}");
+        assert!((0.8..1.3).contains(&high) && high > 0.8, "{high}");
     }
 
     #[test]
     fn an_even_number_of_rounds_has_its_median_between_the_middle_two() {
         assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), 2.5);
+    }
+
+    #[test]
+    fn a_series_without_its_reference_has_no_ratio() {
+        let mut figures = Figures::default();
+        figures.push(series("own"), "u", 1.0);
+        assert_eq!(own_row(&figures).ratio, None);
     }
 }

@@ -1,35 +1,29 @@
-//! The loads: one TCP stream, a ping-pong of one byte, and connections, one after the other, that carry one byte.
+//! The loads: a TCP stream, a ping-pong of one byte, connections, one after the other, that carry one byte, and
+//! small datagrams.
 //!
 //! Client and server are threads of this process, each in its pod's namespace and on its own CPU, with
 //! blocking sockets and nothing between them and the kernel.
 
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    thread,
-    time::{Duration, Instant},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
-    sys::{
-        socket::{setsockopt, sockopt::ReceiveTimeout},
-        time::TimeVal,
-    },
     unistd::Pid,
 };
+use serde::Serialize;
 use weft_tests::Netns;
+
+mod tcp;
+mod udp;
 
 /// The CPUs of the client and of the server.
 const CPUS: [usize; 2] = [0, 1];
-/// How much is written or read at once, bytes.
-const CHUNK: usize = 256 * 1024;
 /// How long a single read or connect may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long a server waits for its client.
-const PATIENCE_OF_SERVER: TimeVal = TimeVal::new(10, 0);
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,25 +32,38 @@ pub(crate) enum Metric {
     Throughput,
     /// One byte there and one back on one connection, per second.
     RequestResponse,
+    /// The same, the median time of one.
+    Latency,
     /// Connect, one byte, close by the server; per second.
     Connections,
+    /// Small datagrams of one socket to one socket that were read, per second.
+    Datagrams,
 }
 
 impl Metric {
-    pub(crate) const ALL: [Self; 3] = [Self::Throughput, Self::RequestResponse, Self::Connections];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Throughput,
+        Self::RequestResponse,
+        Self::Latency,
+        Self::Connections,
+        Self::Datagrams,
+    ];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Throughput => "throughput",
             Self::RequestResponse => "request_response",
+            Self::Latency => "p50",
             Self::Connections => "connections",
+            Self::Datagrams => "udp",
         }
     }
 
     pub(crate) const fn unit(self) -> &'static str {
         match self {
             Self::Throughput => "Gbit/s",
-            Self::RequestResponse | Self::Connections => "1/s",
+            Self::Latency => "us",
+            Self::RequestResponse | Self::Connections | Self::Datagrams => "1/s",
         }
     }
 
@@ -66,6 +73,34 @@ impl Metric {
             Self::Throughput => 5001,
             Self::RequestResponse => 5002,
             Self::Connections => 5003,
+            Self::Datagrams => 5004,
+            Self::Latency => 5005,
+        }
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+impl Family {
+    pub(crate) const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ipv4",
+            Self::Ipv6 => "ipv6",
+        }
+    }
+
+    const fn any(self) -> IpAddr {
+        match self {
+            Self::Ipv4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::Ipv6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         }
     }
 }
@@ -78,45 +113,29 @@ pub(crate) struct Path<'a> {
     pub(crate) address: IpAddr,
 }
 
+impl Path<'_> {
+    /// Where the client calls the server of a metric.
+    fn target(&self, metric: Metric) -> SocketAddr {
+        SocketAddr::new(self.address, metric.port())
+    }
+
+    /// Where that server listens.
+    pub(crate) fn listen(&self, metric: Metric) -> SocketAddr {
+        let family = match self.address {
+            IpAddr::V4(_) => Family::Ipv4,
+            IpAddr::V6(_) => Family::Ipv6,
+        };
+        SocketAddr::new(family.any(), metric.port())
+    }
+}
+
 /// Loads the path for `time` and returns the value in the metric's unit.
 pub(crate) fn measure(path: &Path<'_>, metric: Metric, time: Duration) -> Result<f64> {
-    let listener = path
-        .server
-        .run(|| TcpListener::bind(("0.0.0.0", metric.port())))
-        .with_context(|| format!("failed to listen on port {}", metric.port()))?;
-    // It bounds accept, so that a client that failed does not leave its server waiting (socket(7)).
-    setsockopt(&listener, ReceiveTimeout, &PATIENCE_OF_SERVER)
-        .context("failed to set a timeout")?;
-    let target = SocketAddr::new(path.address, metric.port());
-    thread::scope(|scope| {
-        let server = scope.spawn(|| {
-            path.server.run(|| {
-                pin(CPUS[1])?;
-                match metric {
-                    Metric::Throughput => drain(&listener),
-                    Metric::RequestResponse => answer(&listener),
-                    Metric::Connections => accept(&listener),
-                }
-            })
-        });
-        let client = path.client.run(|| {
-            pin(CPUS[0])?;
-            match metric {
-                Metric::Throughput => pour(target, time),
-                Metric::RequestResponse => ask(target, time),
-                Metric::Connections => connect(target, time),
-            }
-        });
-        let client = client.with_context(|| format!("{} to {target}", metric.name()))?;
-        let served = server.join().expect("the server returns its errors")?;
-        match metric {
-            Metric::Throughput => {
-                let (bytes, lasted) = served.context("the server saw no stream")?;
-                Ok(bytes as f64 * 8.0 / lasted.as_secs_f64() / 1e9)
-            }
-            Metric::RequestResponse | Metric::Connections => Ok(client),
-        }
-    })
+    match metric {
+        Metric::Datagrams => udp::measure(path, time),
+        _ => tcp::measure(path, metric, time),
+    }
+    .with_context(|| format!("{} to {}", metric.name(), path.target(metric)))
 }
 
 fn pin(cpu: usize) -> Result<()> {
@@ -124,118 +143,4 @@ fn pin(cpu: usize) -> Result<()> {
     cpus.set(cpu).context("there are not that many CPUs")?;
     sched_setaffinity(Pid::from_raw(0), &cpus)
         .with_context(|| format!("failed to run on CPU {cpu}: the bench needs two"))
-}
-
-fn open(target: SocketAddr) -> Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&target, PATIENCE).context("failed to connect")?;
-    stream
-        .set_nodelay(true)
-        .context("failed to set TCP_NODELAY")?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .context("failed to set a timeout")?;
-    stream
-        .set_write_timeout(Some(PATIENCE))
-        .context("failed to set a timeout")?;
-    Ok(stream)
-}
-
-fn next(listener: &TcpListener) -> Result<TcpStream> {
-    let (stream, _) = listener.accept().context("failed to accept")?;
-    stream
-        .set_nodelay(true)
-        .context("failed to set TCP_NODELAY")?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .context("failed to set a timeout")?;
-    Ok(stream)
-}
-
-/// Bytes and time that the server saw of a stream, where it is the one who measures.
-type Served = Option<(u64, Duration)>;
-
-fn pour(target: SocketAddr, time: Duration) -> Result<f64> {
-    let mut stream = open(target)?;
-    let chunk = vec![0; CHUNK];
-    let start = Instant::now();
-    while start.elapsed() < time {
-        stream.write_all(&chunk).context("failed to write")?;
-    }
-    Ok(start.elapsed().as_secs_f64())
-}
-
-fn drain(listener: &TcpListener) -> Result<Served> {
-    let mut stream = next(listener)?;
-    let mut chunk = vec![0; CHUNK];
-    let mut bytes = 0;
-    let start = Instant::now();
-    loop {
-        match stream.read(&mut chunk).context("failed to read")? {
-            0 => return Ok(Some((bytes, start.elapsed()))),
-            read => bytes += read as u64,
-        }
-    }
-}
-
-fn ask(target: SocketAddr, time: Duration) -> Result<f64> {
-    let mut stream = open(target)?;
-    let mut byte = [0];
-    let mut count = 0_u32;
-    let start = Instant::now();
-    while start.elapsed() < time {
-        stream.write_all(&byte).context("failed to write")?;
-        stream.read_exact(&mut byte).context("failed to read")?;
-        count += 1;
-    }
-    Ok(f64::from(count) / start.elapsed().as_secs_f64())
-}
-
-fn answer(listener: &TcpListener) -> Result<Served> {
-    let mut stream = next(listener)?;
-    let mut byte = [0];
-    loop {
-        match stream.read(&mut byte) {
-            Ok(0) => return Ok(None),
-            Ok(_) => stream.write_all(&byte).context("failed to write")?,
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
-            Err(error) => return Err(error).context("failed to read"),
-        }
-    }
-}
-
-/// The last connection carries another byte: it tells the server to end.
-const LAST: u8 = 0xff;
-
-fn connect(target: SocketAddr, time: Duration) -> Result<f64> {
-    let mut count = 0_u32;
-    let start = Instant::now();
-    while start.elapsed() < time {
-        hand_over(target, 0)?;
-        count += 1;
-    }
-    let lasted = start.elapsed();
-    hand_over(target, LAST)?;
-    Ok(f64::from(count) / lasted.as_secs_f64())
-}
-
-/// One connection: a byte there, and the server's end of it. Without waiting for that the client would measure how
-/// fast a full backlog is drained.
-fn hand_over(target: SocketAddr, byte: u8) -> Result<()> {
-    let mut stream = open(target)?;
-    stream.write_all(&[byte]).context("failed to write")?;
-    let read = stream.read(&mut [0]).context("failed to read")?;
-    ensure!(read == 0, "the server answered a byte where it should end");
-    Ok(())
-}
-
-fn accept(listener: &TcpListener) -> Result<Served> {
-    loop {
-        let mut stream = next(listener)?;
-        let mut byte = [0; 2];
-        let read = stream.read(&mut byte).context("failed to read")?;
-        ensure!(read == 1, "a connection carried {read} bytes, not 1");
-        if byte[0] == LAST {
-            return Ok(None);
-        }
-    }
 }

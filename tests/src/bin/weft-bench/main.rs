@@ -1,18 +1,23 @@
 //! `weft-bench`: measures Weft's data path beside its peers in one run; started by `cargo xtask bench`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod case;
 mod figures;
+mod gate;
 mod load;
 mod mesh;
+mod report;
 mod rounds;
+mod statistics;
+mod tunnel;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 fn main() -> ExitCode {
-    match rounds::Bench::parse().run() {
+    match bench::Bench::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -1,0 +1,215 @@
+//! The benches by name: what each measures, against what, and whether its gates hold.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Result, ensure};
+use clap::{Parser, Subcommand};
+
+use crate::{
+    case::{self, Case},
+    figures::{Figures, Series},
+    gate::{self, Gate},
+    load::{Family, Metric},
+    report::{Report, load_average},
+    rounds::{Rounds, Watched},
+    statistics::{self, Counting, PROGRAMS},
+    tunnel,
+};
+
+/// The fewest rounds whose interval means something.
+const FEWEST: u32 = 15;
+
+/// Measures Weft's data path beside its peers.
+#[derive(Debug, Parser)]
+#[command(name = "weft-bench")]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    name: Name,
+    /// The folder of the product's binaries.
+    #[arg(long, global = true, default_value = ".")]
+    binaries: PathBuf,
+    /// What the machine is, for the result.
+    #[arg(long, global = true, default_value = "unknown")]
+    machine: String,
+    /// Interleaved rounds, at least 15.
+    #[arg(long, global = true, default_value_t = FEWEST)]
+    rounds: u32,
+    /// How long each load lasts in each round, milliseconds.
+    #[arg(long, global = true, default_value_t = 250)]
+    millis: u64,
+    /// One JSON object instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Fail where a gate is missed.
+    #[arg(long, global = true)]
+    gate: bool,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum Name {
+    /// A VIP on one node.
+    Vip,
+    /// Nanoseconds per packet of each program.
+    Datapath,
+    /// A VIP on another node.
+    Tunnel,
+}
+
+/// What was measured, what each series is divided by, and what is demanded.
+struct Measured {
+    figures: Figures,
+    reference: fn(Series) -> Series,
+    gates: &'static [Gate],
+}
+
+impl Bench {
+    /// Makes the cases, measures them and prints the result.
+    pub(crate) fn run(self) -> Result<()> {
+        ensure!(
+            self.rounds >= FEWEST,
+            "--rounds {}: an interval needs at least {FEWEST}",
+            self.rounds
+        );
+        let load = load_average();
+        let measured = match self.name {
+            Name::Vip => self.vip()?,
+            Name::Datapath => self.datapath()?,
+            Name::Tunnel => self.tunnel()?,
+        };
+        let report = Report {
+            bench: match self.name {
+                Name::Vip => "vip",
+                Name::Datapath => "datapath",
+                Name::Tunnel => "tunnel",
+            },
+            machine: format!(
+                "{}, load average {load} before and {} after",
+                self.machine,
+                load_average()
+            ),
+            rounds: self.rounds,
+            rows: measured.figures.rows(measured.reference),
+            gates: gate::judge(measured.gates, &measured.figures),
+        };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            report.print();
+        }
+        let missed = report.gates.iter().filter(|gate| !gate.passes).count();
+        ensure!(
+            !self.gate || missed == 0,
+            "{missed} of {} gates are missed",
+            report.gates.len()
+        );
+        Ok(())
+    }
+
+    fn rounds(&self) -> Rounds {
+        Rounds {
+            count: self.rounds,
+            time: Duration::from_millis(self.millis),
+        }
+    }
+
+    fn vip(&self) -> Result<Measured> {
+        let cases = [
+            Case::direct()?,
+            Case::vip(&self.binaries)?,
+            Case::iptables()?,
+            Case::nftables()?,
+        ];
+        let metrics = [
+            Metric::Throughput,
+            Metric::RequestResponse,
+            Metric::Connections,
+            Metric::Datagrams,
+        ];
+        let mut figures = Figures::default();
+        self.rounds().values(&cases, &metrics, &mut figures)?;
+        Ok(Measured {
+            figures,
+            reference: by_direct_route,
+            gates: gate::VIP,
+        })
+    }
+
+    fn datapath(&self) -> Result<Measured> {
+        let same = [Case::direct()?, Case::vip(&self.binaries)?];
+        let far = tunnel::vip(&self.binaries)?;
+        let mut figures = Figures::default();
+        self.rounds()
+            .values(&same, &[Metric::Datagrams], &mut figures)?;
+        let (node, [client, backend]) = (&same[1].machines[0], [0, 1].map(|n| &far.machines[n]));
+        let (pod, tunnel) = ("weft_dispatch_pod", "weft_dispatch_tunnel");
+        let watched = [
+            Watched {
+                case: &same[1],
+                programs: vec![(PROGRAMS[0], node.program(pod)?)],
+            },
+            Watched {
+                case: &far,
+                programs: vec![
+                    (PROGRAMS[1], client.program(pod)?),
+                    (PROGRAMS[2], backend.program(tunnel)?),
+                    (PROGRAMS[3], backend.program(pod)?),
+                    (PROGRAMS[4], client.program(tunnel)?),
+                ],
+            },
+        ];
+        let metrics = [
+            Metric::Throughput,
+            Metric::RequestResponse,
+            Metric::Connections,
+            Metric::Datagrams,
+        ];
+        // Only now: counting itself costs time.
+        let _counting = Counting::start()?;
+        self.rounds().costs(&watched, &metrics, &mut figures)?;
+        Ok(Measured {
+            figures,
+            reference: |series| {
+                if statistics::is_program(series.case) {
+                    Series {
+                        family: Family::Ipv4,
+                        ..series
+                    }
+                } else {
+                    by_direct_route(series)
+                }
+            },
+            gates: gate::DATAPATH,
+        })
+    }
+
+    fn tunnel(&self) -> Result<Measured> {
+        let cases = [tunnel::plain(&self.binaries)?, tunnel::vip(&self.binaries)?];
+        let metrics = [
+            Metric::Throughput,
+            Metric::RequestResponse,
+            Metric::Latency,
+            Metric::Connections,
+        ];
+        let mut figures = Figures::default();
+        self.rounds().values(&cases, &metrics, &mut figures)?;
+        Ok(Measured {
+            figures,
+            reference: |series| Series {
+                case: match series.case {
+                    tunnel::VIP_KERNEL => tunnel::PLAIN_KERNEL,
+                    tunnel::VIP_USERSPACE => tunnel::PLAIN_USERSPACE,
+                    plain => plain,
+                },
+                ..series
+            },
+            gates: gate::TUNNEL,
+        })
+    }
+}
+
+fn by_direct_route(series: Series) -> Series {
+    Series {
+        case: case::DIRECT,
+        ..series
+    }
+}

@@ -1,0 +1,254 @@
+//! What the figures must hold, in one table; each with where it was agreed.
+//!
+//! A gate passes when the end of its 95 % interval that is nearer to the bound does.
+
+use serde::Serialize;
+
+use crate::{
+    case,
+    figures::{Figures, Interval, Series},
+    load::{Family, Metric},
+    statistics, tunnel,
+};
+
+/// One demand.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gate {
+    /// What is judged; `None` is every case that the figures hold.
+    case: Option<&'static str>,
+    /// The metric; `None` is every one.
+    metric: Option<&'static str>,
+    against: Against,
+    bound: Bound,
+    source: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Against {
+    /// The case of this name, same metric and family.
+    Case(&'static str),
+    /// The same over IPv4.
+    Ipv4,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Bound {
+    RatioAtLeast(f64),
+    RatioAtMost(f64),
+    /// Units of the metric more than the reference.
+    MoreAtMost(f64),
+}
+
+/// A gate as it came out.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Verdict {
+    pub(crate) gate: String,
+    pub(crate) family: Family,
+    pub(crate) value: Interval,
+    pub(crate) passes: bool,
+    pub(crate) source: &'static str,
+}
+
+const SAME_NODE: &str = "issue 3, done when, same node";
+const TWO_NODES: &str = "issue 3, done when, two nodes";
+const PACKETS: &str = "issue 3, done when, packets";
+
+const fn at_least(case: &'static str, metric: Metric, against: &'static str, least: f64) -> Gate {
+    Gate {
+        case: Some(case),
+        metric: Some(metric.name()),
+        against: Against::Case(against),
+        bound: Bound::RatioAtLeast(least),
+        source: SAME_NODE,
+    }
+}
+
+/// `bench vip`.
+pub(crate) const VIP: &[Gate] = &[
+    at_least(case::VIP, Metric::Throughput, case::DIRECT, 0.95),
+    at_least(case::VIP, Metric::RequestResponse, case::DIRECT, 1.00),
+    at_least(case::VIP, Metric::Connections, case::DIRECT, 1.00),
+    at_least(case::VIP, Metric::Connections, case::NFTABLES, 1.15),
+    UDP,
+];
+
+/// Small datagrams through a VIP beside the direct route.
+const UDP: Gate = Gate {
+    source: PACKETS,
+    ..at_least(case::VIP, Metric::Datagrams, case::DIRECT, 0.95)
+};
+
+/// `bench datapath`.
+pub(crate) const DATAPATH: &[Gate] = &[
+    Gate {
+        case: None,
+        metric: None,
+        against: Against::Ipv4,
+        bound: Bound::RatioAtMost(1.05),
+        source: PACKETS,
+    },
+    UDP,
+];
+
+/// `bench tunnel`.
+pub(crate) const TUNNEL: &[Gate] = &[
+    Gate {
+        source: TWO_NODES,
+        ..at_least(
+            tunnel::VIP_USERSPACE,
+            Metric::Throughput,
+            tunnel::PLAIN_USERSPACE,
+            0.95,
+        )
+    },
+    Gate {
+        source: TWO_NODES,
+        ..at_least(
+            tunnel::VIP_KERNEL,
+            Metric::Throughput,
+            tunnel::PLAIN_KERNEL,
+            0.95,
+        )
+    },
+    Gate {
+        case: Some(tunnel::VIP_USERSPACE),
+        metric: Some(Metric::Latency.name()),
+        against: Against::Case(tunnel::PLAIN_USERSPACE),
+        bound: Bound::RatioAtMost(1.03),
+        source: TWO_NODES,
+    },
+    Gate {
+        case: Some(tunnel::VIP_KERNEL),
+        metric: Some(Metric::Latency.name()),
+        against: Against::Case(tunnel::PLAIN_KERNEL),
+        bound: Bound::MoreAtMost(2.0),
+        source: TWO_NODES,
+    },
+];
+
+/// Every gate whose series were measured, with how it came out.
+pub(crate) fn judge(gates: &[Gate], figures: &Figures) -> Vec<Verdict> {
+    let judged = |gate: &Gate| -> Vec<Verdict> {
+        let series = figures.series().filter(|series| gate.concerns(series));
+        series
+            .filter_map(|series| gate.judge(figures, series))
+            .collect()
+    };
+    gates.iter().flat_map(judged).collect()
+}
+
+impl Gate {
+    fn concerns(&self, series: &Series) -> bool {
+        let case = match self.case {
+            Some(case) => case == series.case,
+            None => statistics::is_program(series.case),
+        };
+        let family = match self.against {
+            Against::Case(_) => true,
+            Against::Ipv4 => series.family == Family::Ipv6,
+        };
+        case && family && self.metric.is_none_or(|metric| metric == series.metric)
+    }
+
+    fn judge(&self, figures: &Figures, own: Series) -> Option<Verdict> {
+        let (reference, name) = match self.against {
+            Against::Case(case) => (Series { case, ..own }, case),
+            Against::Ipv4 => {
+                let family = Family::Ipv4;
+                (Series { family, ..own }, family.name())
+            }
+        };
+        let compare = match self.bound {
+            Bound::RatioAtLeast(_) | Bound::RatioAtMost(_) => |own: f64, other: f64| own / other,
+            Bound::MoreAtMost(_) => |own: f64, other: f64| own - other,
+        };
+        let value = figures.compare(own, reference, compare)?;
+        let (bound, passes) = match self.bound {
+            Bound::RatioAtLeast(least) => (format!(">= {least:.2}"), value.low >= least),
+            Bound::RatioAtMost(most) => (format!("<= {most:.2}"), value.high <= most),
+            Bound::MoreAtMost(most) => (format!("+{most:.1} at most"), value.high <= most),
+        };
+        Some(Verdict {
+            gate: format!("{} of {} by {name} {bound}", own.metric, own.case),
+            family: own.family,
+            value,
+            passes,
+            source: self.source,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figures(own: (&'static str, f64), other: (&'static str, f64), metric: Metric) -> Figures {
+        let mut figures = Figures::default();
+        for (case, value) in [own, other] {
+            let series = Series {
+                metric: metric.name(),
+                family: Family::Ipv4,
+                case,
+            };
+            for _ in 0..15 {
+                figures.push(series, metric.unit(), value);
+            }
+        }
+        figures
+    }
+
+    #[test]
+    fn a_gate_passes_at_its_bound_and_is_missed_just_below() {
+        for (value, passes) in [(95.0, true), (94.9, false)] {
+            let figures = figures(
+                (case::VIP, value),
+                (case::DIRECT, 100.0),
+                Metric::Throughput,
+            );
+            let verdicts = judge(VIP, &figures);
+            assert_eq!(verdicts.len(), 1, "{verdicts:?}");
+            assert_eq!(verdicts[0].passes, passes, "{verdicts:?}");
+        }
+    }
+
+    #[test]
+    fn a_latency_is_judged_by_the_kind_of_its_tunnel() {
+        let userspace = (tunnel::VIP_USERSPACE, tunnel::PLAIN_USERSPACE);
+        let kernel = (tunnel::VIP_KERNEL, tunnel::PLAIN_KERNEL);
+        for ((own, plain), value, passes) in [
+            (userspace, 103.0, true),
+            (userspace, 103.1, false),
+            (kernel, 102.0, true),
+            (kernel, 102.1, false),
+        ] {
+            let figures = figures((own, value), (plain, 100.0), Metric::Latency);
+            let verdicts = judge(TUNNEL, &figures);
+            assert_eq!(verdicts.len(), 1, "{verdicts:?}");
+            assert_eq!(verdicts[0].passes, passes, "{own} {value}");
+        }
+    }
+
+    #[test]
+    fn a_gate_without_its_series_says_nothing() {
+        assert_eq!(judge(VIP, &Figures::default()), []);
+    }
+
+    #[test]
+    fn a_program_is_judged_over_ipv6_by_ipv4() {
+        let mut figures = Figures::default();
+        for (family, ns) in [(Family::Ipv4, 100.0), (Family::Ipv6, 106.0)] {
+            let series = Series {
+                metric: Metric::Datagrams.name(),
+                family,
+                case: statistics::PROGRAMS[0],
+            };
+            figures.push(series, "ns", ns);
+        }
+        let verdicts = judge(DATAPATH, &figures);
+        assert_eq!(verdicts.len(), 1, "{verdicts:?}");
+        assert_eq!(
+            (verdicts[0].family, verdicts[0].passes),
+            (Family::Ipv6, false)
+        );
+    }
+}
