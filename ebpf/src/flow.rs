@@ -21,6 +21,7 @@ use ebpf_common::{
 
 use crate::{
     header::TCP_RST,
+    log,
     maps::{self, Entry, Table},
     parse::{Family, Kind, Packet},
     translate::Tuple,
@@ -152,18 +153,21 @@ pub(crate) fn promote(config: &Config, key: &FlowKey, forward: Entry) -> Result<
     }
 }
 
-/// Notes a FIN or RST on both entries; a connection that is over leaves `FLOWS`.
+/// Notes a FIN or RST on both entries; a connection that is over leaves `FLOWS`. Whether this one made it so.
 #[inline(always)]
-fn close(key: &FlowKey, own: Found, partner_key: &FlowKey, bits: u32) {
+fn close(key: &FlowKey, own: Found, partner_key: &FlowKey, bits: u32) -> bool {
+    let was_over = is_over(own.entry.flags());
     own.entry.set(bits);
+    let ends = !was_over && is_over(own.entry.flags());
     let Some(partner) = find(partner_key) else {
-        return;
+        return ends;
     };
     partner.entry.set(bits);
     if is_over(own.entry.flags()) {
         settle(key, own);
         settle(partner_key, partner);
     }
+    ends
 }
 
 /// Moves one entry of a connection that is over out of `FLOWS`.
@@ -187,14 +191,20 @@ fn settle(key: &FlowKey, found: Found) {
 #[inline(never)]
 pub(crate) fn close_forward(config: &Config, packet: &Packet, own: Found) {
     let partner = reverse_key(config, &packet.key, own.entry.flow());
-    close(&packet.key, own, &partner, ending(packet, FLOW_FIN_CLIENT));
+    let born_s = own.entry.flow().born_s;
+    if close(&packet.key, own, &partner, ending(packet, FLOW_FIN_CLIENT)) {
+        log::ended(packet, born_s);
+    }
 }
 
 /// Notes the end of the backend's direction.
 #[inline(never)]
 fn close_reverse(packet: &Packet, own: Found, sender: u32) {
     let partner = forward_key(&packet.key, own.entry.flow(), sender);
-    close(&packet.key, own, &partner, ending(packet, FLOW_FIN_BACKEND));
+    let born_s = own.entry.flow().born_s;
+    if close(&packet.key, own, &partner, ending(packet, FLOW_FIN_BACKEND)) {
+        log::ended(packet, born_s);
+    }
 }
 
 #[inline(always)]
@@ -215,6 +225,7 @@ pub(crate) fn undo(packet: &mut Packet, client: u32, sender: u32) -> Option<()> 
     let found = find(&packet.key)?;
     let entry = found.entry;
     packet.to = undone(&packet.key, entry.flow());
+    packet.belongs_to(entry.flow());
     if packet.kind == Kind::Tcp {
         if packet.accepts() {
             entry.set(FLOW_SYN_ACK);
@@ -314,5 +325,5 @@ const EMPTY: Flow = Flow {
     isn_be: 0,
     service: 0,
     born_s: 0,
-    pad: 0,
+    counter: 0,
 };

@@ -14,11 +14,13 @@
 #![no_main]
 
 mod address;
+mod count;
 mod csum;
 mod deliver;
 mod error;
 mod flow;
 mod header;
+mod log;
 mod maps;
 mod parse;
 mod pod;
@@ -71,6 +73,8 @@ fn refused(skb: &mut Skb, reason: Reason) -> i32 {
 #[inline(always)]
 fn counted(reason: Reason, action: i32) -> i32 {
     maps::count(reason);
+    count::refused(reason);
+    log::refused(reason);
     action
 }
 

@@ -4,7 +4,7 @@
 //! header stands at one of two offsets, and everything after this file can rely on it.
 
 use ebpf_common::{
-    layout::{Addr, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
+    layout::{Addr, Flow, FlowKey, LOG_MARK, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
     reason::Reason,
 };
 
@@ -81,6 +81,15 @@ pub(crate) enum Kind {
 pub(crate) struct Packet {
     /// The tuple; `endpoint` and `direction` are the caller's to set.
     pub(crate) key: FlowKey,
+    /// Whether addresses and protocol in `key` are this packet's: 0 or 1.
+    pub(crate) known: u32,
+    /// For whom it is counted, once that is known: the VIP's counter and the backend's index; 0 before.
+    pub(crate) counter: u32,
+    pub(crate) backend: u32,
+    /// The number of the endpoint that sent it; 0 is the tunnel.
+    pub(crate) sender: u32,
+    /// Whether it carries [`LOG_MARK`]: 0 or 1.
+    pub(crate) marked: u32,
     pub(crate) family: Family,
     pub(crate) kind: Kind,
     /// TCP's flags; 0 for the others.
@@ -114,6 +123,23 @@ impl Packet {
 }
 
 impl Packet {
+    /// Nothing is known of the packet that comes now.
+    #[inline(always)]
+    pub(crate) fn begin(&mut self) {
+        self.sender = 0;
+        self.marked = 0;
+        self.known = 0;
+        self.counter = 0;
+        self.backend = 0;
+    }
+
+    /// Notes for whom it is counted.
+    #[inline(always)]
+    pub(crate) fn belongs_to(&mut self, flow: &Flow) {
+        self.counter = flow.counter;
+        self.backend = flow.backend;
+    }
+
     /// Reads the headers from `l2` on, the offset of the IP header.
     #[inline(always)]
     pub(crate) fn read(&mut self, skb: &Skb, l2: usize, family: Family) -> Result<(), Reason> {
@@ -127,6 +153,7 @@ impl Packet {
             Family::V4 => ipv4(skb, l2, self)?,
             Family::V6 => ipv6(skb, l2, self)?,
         };
+        self.known = 1;
         let l4 = l2 + family.len();
         match (family, self.key.proto) {
             (_, PROTO_TCP) => tcp(skb, l4, payload, self),
@@ -213,6 +240,14 @@ fn tcp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(), 
     packet.key.dport_be = tcp.dport_be;
     packet.tcp_flags = tcp.flags;
     packet.seq_be = tcp.seq_be;
+    if tcp.flags & (TCP_SYN | TCP_RST) != 0 {
+        let number_be = if tcp.flags & TCP_ACK == 0 {
+            tcp.seq_be
+        } else {
+            tcp.ack_be
+        };
+        packet.marked = u32::from(u32::from_be(number_be) >> 16 == u32::from(LOG_MARK));
+    }
     Ok(())
 }
 
@@ -246,7 +281,8 @@ fn icmp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(),
     match packet.kind {
         Kind::EchoRequest => packet.key.sport_be = icmp.rest[0],
         Kind::EchoReply => packet.key.dport_be = icmp.rest[0],
-        _ => {}
+        _ => return Ok(()),
     }
+    packet.marked = u32::from(u16::from_be(icmp.rest[1]) == LOG_MARK);
     Ok(())
 }

@@ -8,10 +8,11 @@ use ebpf_common::{
 
 use crate::{
     address::{self, Name},
+    count,
     deliver::{self, Way},
     error, flow,
     header::{ETHERNET_LEN, TCP_LEN},
-    maps,
+    log, maps,
     parse::{Family, Kind, Packet},
     skb::Skb,
     translate, vip,
@@ -20,11 +21,13 @@ use crate::{
 /// Decides about one frame; the result is the TC action of a packet on its way.
 #[inline(always)]
 pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
+    let packet = maps::scratch()?;
+    packet.begin();
     let config = maps::config()?;
     let endpoint = maps::endpoint(skb.ifindex()).ok_or(Reason::SpoofedSource)?;
+    packet.sender = endpoint.number;
     let family = Family::of_frame(skb)?;
     skb.pull(ETHERNET_LEN + family.len() + TCP_LEN);
-    let packet = maps::scratch()?;
     packet.read(skb, ETHERNET_LEN, family)?;
     let name = address::name(config, family, &packet.key.dst);
     if name != Name::Foreign && packet.key.src != own_address(endpoint, family) {
@@ -37,14 +40,15 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
             packet.key.endpoint = endpoint.number;
             error::translate(skb, ETHERNET_LEN, config, packet)?.ok_or(Reason::NoFlow)?;
             let way = deliver::way(config, family, &packet.to.dst)?;
-            deliver::frame(skb, config, way)
+            send(skb, config, packet, way)
         }
         Name::Vip(policy) => {
             vip::resolve(config, endpoint, packet, policy)?;
             let way = deliver::way(config, family, &packet.to.dst)?;
             deliver::fits(skb, config, packet, way)?;
             translate::translate(skb, ETHERNET_LEN, packet)?;
-            deliver::frame(skb, config, way)
+            count::passed(skb, ETHERNET_LEN, packet);
+            send(skb, config, packet, way)
         }
         Name::Endpoint { .. } => to_endpoint(skb, config, endpoint, packet),
     }
@@ -64,18 +68,19 @@ fn to_endpoint(
         packet.key.endpoint = receiver.number;
         return match error::translate(skb, ETHERNET_LEN, config, packet)? {
             Some(_) => back(skb, config, packet, way),
-            None => deliver::frame(skb, config, way),
+            None => send(skb, config, packet, way),
         };
     }
     if let Way::Local(receiver) = way
         && flow::undo(packet, receiver.number, endpoint.number).is_some()
     {
         translate::translate(skb, ETHERNET_LEN, packet)?;
+        count::passed(skb, ETHERNET_LEN, packet);
         return back(skb, config, packet, way);
     }
     admit(endpoint, packet, way)?;
     deliver::fits(skb, config, packet, way)?;
-    deliver::frame(skb, config, way)
+    send(skb, config, packet, way)
 }
 
 /// Delivers what was translated back; a hairpin's answer goes to the pod that it came from, not to the node endpoint.
@@ -86,7 +91,7 @@ fn back(skb: &mut Skb, config: &Config, packet: &Packet, way: Way) -> Result<i32
     } else {
         Way::Local(maps::local(&packet.to.dst).ok_or(Reason::NoEndpoint)?)
     };
-    deliver::frame(skb, config, way)
+    send(skb, config, packet, way)
 }
 
 /// Only answers go from endpoint to endpoint; the node endpoint's probes go too.
@@ -109,6 +114,13 @@ fn admit(endpoint: &Endpoint, packet: &Packet, way: Way) -> Result<(), Reason> {
     } else {
         Err(Reason::DirectEndpoint)
     }
+}
+
+/// Sends the frame at hand its way.
+#[inline(always)]
+fn send(skb: &mut Skb, config: &Config, packet: &Packet, way: Way) -> Result<i32, Reason> {
+    log::passed(packet, way);
+    deliver::frame(skb, config, way)
 }
 
 #[inline(always)]

@@ -79,6 +79,13 @@ impl Skb {
         unsafe { (*self.0.skb.skb).gso_size }
     }
 
+    /// How many packets an aggregate is of; 0 or 1 for a packet that is one.
+    #[inline(always)]
+    pub(crate) fn segments(&self) -> u32 {
+        // SAFETY: as for `ifindex`.
+        unsafe { (*self.0.skb.skb).gso_segs }
+    }
+
     /// The header at `offset`; `None` where the packet's linear part is shorter.
     #[inline(always)]
     pub(crate) fn header<T: Header>(&self, offset: usize) -> Option<&T> {

@@ -4,9 +4,11 @@ use ebpf_common::{layout::FLOW_REVERSE, reason::Reason};
 
 use crate::{
     address::{self, Name},
-    deliver, error, flow,
+    count,
+    deliver::{self, Way},
+    error, flow,
     header::TCP_LEN,
-    maps,
+    log, maps,
     parse::{Family, Kind},
     skb::Skb,
     translate,
@@ -15,10 +17,11 @@ use crate::{
 /// Decides about one packet without Ethernet header; the result is the TC action of a packet on its way.
 #[inline(always)]
 pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
+    let packet = maps::scratch()?;
+    packet.begin();
     let config = maps::config()?;
     let family = Family::of_packet(skb)?;
     skb.pull(family.len() + TCP_LEN);
-    let packet = maps::scratch()?;
     packet.read(skb, 0, family)?;
     if address::name(config, family, &packet.key.src) != (Name::Endpoint { here: false })
         || maps::local(&packet.key.src).is_some()
@@ -32,8 +35,10 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
         error::translate(skb, 0, config, packet)?;
     } else if flow::undo(packet, endpoint.number, 0).is_some() {
         translate::translate(skb, 0, packet)?;
+        count::passed(skb, 0, packet);
     } else if packet.kind == Kind::Udp {
         flow::note_inbound(packet, endpoint.number);
     }
+    log::passed(packet, Way::Local(endpoint));
     deliver::packet(skb, family, endpoint)
 }

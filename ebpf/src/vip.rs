@@ -11,7 +11,9 @@ use ebpf_common::{
 };
 
 use crate::{
+    count,
     flow::{self, Found},
+    log,
     maps::{self, Entry, Table},
     parse::{Family, Kind, Packet},
 };
@@ -46,24 +48,34 @@ pub(crate) fn resolve(
                 if found.table == Table::Established || !flow::is_over(found.entry.flags()) {
                     flow::forget(config, &packet.key, found.entry.flow());
                 }
-                open(config, packet, policy)
+                begin(config, packet, policy)
             }
-            None => open(config, packet, policy),
+            None => begin(config, packet, policy),
         },
         Kind::Tcp => segment(config, packet, found.ok_or(Reason::NoFlow)?),
         Kind::Udp | Kind::EchoRequest => match found {
             Some(found) => datagram(config, packet, found.entry),
-            None => open(config, packet, policy),
+            None => begin(config, packet, policy),
         },
         Kind::EchoReply => Err(Reason::NoFlow),
         Kind::IcmpError => Err(Reason::Protocol),
     }
 }
 
+/// Opens a flow, and tells of it.
+#[inline(always)]
+fn begin(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
+    open(config, packet, policy)?;
+    count::opened(packet);
+    log::opened(packet);
+    Ok(())
+}
+
 /// A segment of a connection that is known.
 #[inline(always)]
 fn segment(config: &Config, packet: &mut Packet, found: Found) -> Result<(), Reason> {
     let flow = found.entry.flow();
+    packet.belongs_to(flow);
     if flow::live_backend(flow).is_none() {
         flow::forget(config, &packet.key, flow);
         return Err(Reason::BackendGone);
@@ -85,6 +97,7 @@ fn segment(config: &Config, packet: &mut Packet, found: Found) -> Result<(), Rea
 #[inline(always)]
 fn datagram(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Reason> {
     let flow = entry.flow();
+    packet.belongs_to(flow);
     if flow::live_backend(flow).is_none() {
         flow::forget(config, &packet.key, flow);
         return Err(Reason::BackendGone);
@@ -106,6 +119,7 @@ fn keep_reverse(config: &Config, key: &FlowKey, flow: &Flow) {
 #[inline(always)]
 fn translate_to(config: &Config, packet: &mut Packet, entry: Entry) {
     entry.touch();
+    packet.belongs_to(entry.flow());
     packet.to = flow::translated(config, &packet.key, entry.flow());
 }
 
@@ -124,12 +138,14 @@ fn reverse_of(key: &FlowKey, flow: &Flow) -> Flow {
 #[inline(never)]
 fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
     let vip = lookup(packet)?;
+    packet.counter = vip.counter;
     let hash = hash_flow(config, packet);
     let choice = match policy {
         Policy::Sticky => hash_source(config, packet),
         _ => hash,
     };
     let index = pick_backend(packet.family, choice, vip)?;
+    packet.backend = index;
     let backend = maps::backend(index).ok_or(Reason::Internal)?;
     let address = address_of(backend, packet.family);
     let now = maps::now_ns();
@@ -149,7 +165,7 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
         isn_be: packet.seq_be,
         service: vip.service,
         born_s: maps::seconds(now),
-        pad: 0,
+        counter: vip.counter,
     };
     let hairpin = flow.flags & FLOW_HAIRPIN != 0;
     let mut key = FlowKey {
@@ -184,7 +200,7 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
 
 /// The declared port that a packet asks for, or why there is none.
 #[inline(never)]
-fn lookup(packet: &Packet) -> Result<&'static Vip, Reason> {
+fn lookup(packet: &mut Packet) -> Result<&'static Vip, Reason> {
     let mut key = VipKey {
         addr: packet.key.dst,
         port_be: packet.key.dport_be,
@@ -200,7 +216,10 @@ fn lookup(packet: &Packet) -> Result<&'static Vip, Reason> {
         Family::V6 => PROTO_ICMP6,
     };
     match maps::vip(&key) {
-        Some(_) => Err(Reason::UndeclaredPort),
+        Some(vip) => {
+            packet.counter = vip.counter;
+            Err(Reason::UndeclaredPort)
+        }
         None => Err(Reason::NotLinked),
     }
 }

@@ -32,6 +32,7 @@ use crate::{
 };
 
 mod attach;
+mod explain;
 mod node;
 mod prefixes;
 mod report;
@@ -153,12 +154,17 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let shutdown = CancellationToken::new();
     let mut tasks = JoinSet::new();
     let (outbox, outgoing) = watch::channel(Outbox::default());
+    let (asks, mut asked_names) = mpsc::channel(16);
     let (gauges, gauged) = watch::channel(Gauges::default());
     if let Some(address) = settings.metrics {
         let listener = metrics::bind(address)
             .await
             .map_err(|source| DaemonError::Metrics { address, source })?;
-        tasks.spawn(metrics::serve(listener, datapath.reasons()?, gauged));
+        let counters = metrics::Counters {
+            reasons: datapath.reasons()?,
+            counts: datapath.counts()?,
+        };
+        tasks.spawn(metrics::serve(listener, counters, asks.clone(), gauged));
     }
     let door = Door::bind(&settings.socket).await?;
     let (asked_sender, mut asked) = mpsc::channel(64);
@@ -199,6 +205,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
                 // Who asked may be gone; what was done stays and is found by its key.
                 let _ = reply.send(node.answer(request).await);
             }
+            Some(ask) = asked_names.recv() => node.explain(ask),
             Some(table) = tables.recv() => node.take_table(table).await,
             Ok(()) = links_changed.changed() => {
                 look_at.get_or_insert_with(|| Instant::now() + CALM);
@@ -222,7 +229,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
 }
 
 /// Kernel monotonic time, the clock of the flows.
-fn monotonic() -> Duration {
+pub(crate) fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map(Duration::from)
         .expect("every Linux has a monotonic clock")

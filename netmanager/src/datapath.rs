@@ -18,6 +18,7 @@ use crate::plan::{KernelState, Op};
 mod batch;
 mod bpf;
 mod bpffs;
+mod counts;
 mod object;
 mod preflight;
 mod raw;
@@ -26,6 +27,7 @@ mod reasons;
 pub use batch::FlowTable;
 pub use bpf::{BpfDatapath, HookMode, Options, Sizes};
 pub use bpffs::remove_pins;
+pub use counts::Counts;
 pub use preflight::{Preflight, preflight};
 pub use reasons::Reasons;
 

@@ -3,7 +3,7 @@
 //! ```text
 //!  agent --table--> [daemon] --plan--> [datapath] --> eBPF maps and programs
 //!  weft-cni --unix socket--> [door] --> [attachments] --^      [links]: node endpoint, routes, guards
-//!  peers <--> [wireguard], [probe] --round-trip times--^       [janitor]: flows, [metrics]: counters
+//!  peers <--> [wireguard], [probe] --round-trip times--^       [janitor]: flows, [metrics], [observe]: counters
 //! ```
 //!
 //! What is decided ([`policy`], [`plan`], [`attachments`], [`routes`]) is pure and apart from what acts. The
@@ -18,6 +18,7 @@ pub mod follow;
 pub mod janitor;
 pub mod links;
 pub mod metrics;
+pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod probe;

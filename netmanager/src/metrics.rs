@@ -1,17 +1,31 @@
 //! Counters and gauges in Prometheus' text format, over the smallest HTTP that a scraper needs.
 //!
-//! `GET` of anything gives everything; there is nothing to configure and nothing to write.
+//! `GET` of anything gives everything; there is nothing to configure and nothing to write. What there is stands
+//! in `docs/metrics.md`. The counters live in the kernel's pinned maps, so they go on over a restart.
 
-use std::{collections::BTreeMap, fmt::Write, io, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use netmanager_api::table::Revision;
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
+    task::spawn_blocking,
     time::timeout,
 };
 
-use crate::datapath::Reasons;
+use crate::{
+    daemon::monotonic,
+    datapath::{Counts, DatapathError, Reasons},
+    follow::chain,
+    observe::{Ask, Names},
+};
+
+mod families;
+mod render;
+
+use render::{Reading, render};
 
 /// What the daemon knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,8 +34,20 @@ pub struct Gauges {
     pub endpoints: u64,
     /// Entries of `VIPS`.
     pub vips: u64,
-    /// Log index of the table that the kernel matches.
-    pub applied_index: u64,
+    /// The table that the kernel matches.
+    pub applied: Revision,
+    /// When the last table came, on the kernel's monotonic clock.
+    pub table_since: Option<Duration>,
+    /// Whether the kernel does not match the table.
+    pub has_trouble: bool,
+    /// Peers whose last probes failed.
+    pub unreachable: usize,
+    /// Round-trip times by node number, microseconds.
+    pub rtt_us: BTreeMap<u32, u32>,
+    /// The largest packet that the tunnel takes, bytes; 0 while there is none.
+    pub tunnel_mtu: u32,
+    /// Entries in use, of the maps that user space fills.
+    pub map_entries: BTreeMap<&'static str, u64>,
     /// Entries kept in the flow maps at the last whole pass, by map.
     pub flows: BTreeMap<&'static str, u64>,
     /// Flows that the janitor removed.
@@ -30,20 +56,35 @@ pub struct Gauges {
     pub map_sizes: BTreeMap<&'static str, u32>,
 }
 
+/// The counters in the kernel.
+pub struct Counters {
+    /// By reason.
+    pub reasons: Reasons,
+    /// By VIP and backend.
+    pub counts: Counts,
+}
+
 /// How long a scraper may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest request that is read, bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
 /// Serves scrapers one after the other, until the daemon is gone.
-pub async fn serve(listener: TcpListener, reasons: Reasons, gauges: watch::Receiver<Gauges>) {
+pub async fn serve(
+    listener: TcpListener,
+    counters: Counters,
+    asks: mpsc::Sender<Ask>,
+    gauges: watch::Receiver<Gauges>,
+) {
+    let counters = Arc::new(counters);
     let mut gone = gauges.clone();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = gone.wait_for(|_| false) => return,
         };
-        let text = render(&read(&reasons), &gauges.borrow());
+        let known = gauges.borrow().clone();
+        let text = scrape(&counters, &asks, &known).await;
         let answered = match accepted {
             Ok((stream, _)) => timeout(PATIENCE, answer(stream, &text)).await,
             Err(error) => Ok(Err(error)),
@@ -62,16 +103,46 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
-fn read(reasons: &Reasons) -> Vec<(&'static str, u64)> {
-    match reasons.read() {
-        Ok(counts) => counts
-            .into_iter()
-            .map(|(reason, count)| (reason.name(), count))
-            .collect(),
-        Err(error) => {
-            tracing::warn!(%error, "failed to read the packet counters");
-            Vec::new()
+/// Asks for the names, and reads what was counted on a thread of its own: a large node's takes a while.
+async fn scrape(counters: &Arc<Counters>, asks: &mpsc::Sender<Ask>, gauges: &Gauges) -> String {
+    let (sender, receiver) = oneshot::channel();
+    let asked = asks.send(Ask::Names(sender)).await;
+    let names = match asked {
+        Ok(()) => receiver.await.unwrap_or_default(),
+        Err(_) => Arc::default(),
+    };
+    let (counters, wanted) = (counters.clone(), names.clone());
+    let reading = spawn_blocking(move || counters.read(&wanted)).await;
+    let reading = match reading {
+        Ok(Ok(reading)) => reading,
+        Ok(Err(error)) => {
+            tracing::warn!(error = chain(&error), "failed to read the counters");
+            Reading::default()
         }
+        Err(error) => {
+            tracing::error!(%error, "reading the counters ended early");
+            Reading::default()
+        }
+    };
+    render(&names, gauges, &reading, monotonic())
+}
+
+impl Counters {
+    fn read(&self, names: &Names) -> Result<Reading, DatapathError> {
+        Ok(Reading {
+            reasons: self.reasons.read()?,
+            vips: names
+                .vips
+                .keys()
+                .map(|counter| Ok((*counter, self.counts.vip(*counter)?)))
+                .collect::<Result<_, DatapathError>>()?,
+            backends: names
+                .backends
+                .keys()
+                .map(|index| Ok((*index, self.counts.backend(*index)?)))
+                .collect::<Result<_, DatapathError>>()?,
+            refused: self.counts.refused()?,
+        })
     }
 }
 
@@ -93,119 +164,5 @@ async fn answer(mut stream: TcpStream, text: &str) -> io::Result<()> {
     stream.shutdown().await
 }
 
-fn render(reasons: &[(&str, u64)], gauges: &Gauges) -> String {
-    let mut text = String::new();
-    family(
-        &mut text,
-        (
-            "weft_refused_packets_total",
-            "counter",
-            "Packets dropped or answered, by reason.",
-        ),
-        reasons
-            .iter()
-            .map(|(name, count)| (format!("{{reason=\"{name}\"}}"), *count)),
-    );
-    let by_map = |counts: &BTreeMap<&'static str, u64>| -> Vec<(String, u64)> {
-        counts
-            .iter()
-            .map(|(name, count)| (format!("{{map=\"{name}\"}}"), *count))
-            .collect()
-    };
-    family(
-        &mut text,
-        (
-            "weft_flows",
-            "gauge",
-            "Flow entries at the last whole pass, by map.",
-        ),
-        by_map(&gauges.flows).into_iter(),
-    );
-    let sizes = gauges
-        .map_sizes
-        .iter()
-        .map(|(name, size)| (*name, u64::from(*size)))
-        .collect();
-    family(
-        &mut text,
-        (
-            "weft_map_entries_limit",
-            "gauge",
-            "How many entries a map holds.",
-        ),
-        by_map(&sizes).into_iter(),
-    );
-    for (name, kind, help, value) in [
-        (
-            "weft_endpoints",
-            "gauge",
-            "Attached endpoints.",
-            gauges.endpoints,
-        ),
-        (
-            "weft_vip_ports",
-            "gauge",
-            "Declared ports and VIPs in the kernel.",
-            gauges.vips,
-        ),
-        (
-            "weft_table_index",
-            "gauge",
-            "Log index of the applied table.",
-            gauges.applied_index,
-        ),
-        (
-            "weft_flows_removed_total",
-            "counter",
-            "Flows collected.",
-            gauges.flows_removed,
-        ),
-    ] {
-        family(
-            &mut text,
-            (name, kind, help),
-            std::iter::once((String::new(), value)),
-        );
-    }
-    text
-}
-
-fn family(
-    text: &mut String,
-    (name, kind, help): (&str, &str, &str),
-    values: impl Iterator<Item = (String, u64)>,
-) {
-    // Writing to a string cannot fail.
-    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    for (labels, value) in values {
-        let _ = writeln!(text, "{name}{labels} {value}");
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_family_has_its_type_and_values() {
-        let gauges = Gauges {
-            endpoints: 2,
-            flows: BTreeMap::from([("FLOWS", 7)]),
-            map_sizes: BTreeMap::from([("VIPS", 9)]),
-            ..Gauges::default()
-        };
-        let text = render(&[("not_linked", 3)], &gauges);
-        for line in [
-            "# TYPE weft_refused_packets_total counter",
-            "weft_refused_packets_total{reason=\"not_linked\"} 3",
-            "weft_flows{map=\"FLOWS\"} 7",
-            "weft_map_entries_limit{map=\"VIPS\"} 9",
-            "weft_endpoints 2",
-        ] {
-            assert!(
-                text.lines().any(|found| found == line),
-                "{line} is not in:\n{text}"
-            );
-        }
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::layout::{self, Addr, VipKey};
 
+mod counters;
 mod desired;
 mod memory;
 

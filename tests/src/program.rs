@@ -12,13 +12,13 @@ use std::{net::IpAddr, path::PathBuf};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, ProgramArray},
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray},
     programs::SchedClassifier,
 };
 use ebpf_common::{
     layout::{
-        Addr, Backend, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint, Flow, FlowKey, PROGRAM_POD,
-        PROGRAM_TUNNEL, Vip, VipKey,
+        Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Flow, FlowKey,
+        PROGRAM_POD, PROGRAM_TUNNEL, RefusedKey, Vip, VipKey,
     },
     reason::Reason,
 };
@@ -129,8 +129,8 @@ impl Node {
 
     /// Declares a port of a VIP.
     pub fn declare(&mut self, key: &VipKey, vip: &Vip) {
-        self.hash::<20, 16>("VIPS")
-            .insert(key.to_array::<20>(), vip.to_array::<16>(), 0)
+        self.hash::<20, 20>("VIPS")
+            .insert(key.to_array::<20>(), vip.to_array::<20>(), 0)
             .expect("VIPS has room");
     }
 
@@ -177,6 +177,37 @@ impl Node {
             .expect("a counter per reason")
             .iter()
             .sum()
+    }
+
+    /// What was counted in an element of `VIP_COUNTS` or `BACKEND_COUNTS`, on all CPUs.
+    pub fn counted(&mut self, map: &str, index: u32) -> Count {
+        let counts: PerCpuArray<&mut MapData, [u8; 40]> = self.map(map, PerCpuArray::try_from);
+        let each = counts.get(&index, 0).expect("an element");
+        each.iter().map(|bytes| Count::from_slice(bytes)).fold(
+            Count::default(),
+            |mut sum, count| {
+                for direction in 0..2 {
+                    sum.packets[direction] += count.packets[direction];
+                    sum.bytes[direction] += count.bytes[direction];
+                }
+                sum.flows += count.flows;
+                sum
+            },
+        )
+    }
+
+    /// Every element of `REFUSED`, on all CPUs: the VIP's counter, the reason's code, the count.
+    pub fn refused(&mut self) -> Vec<(u32, u32, u64)> {
+        let refused: PerCpuHashMap<&mut MapData, [u8; 8], u64> =
+            self.map("REFUSED", PerCpuHashMap::try_from);
+        let mut all: Vec<_> = refused
+            .iter()
+            .map(|entry| entry.expect("an element"))
+            .map(|(key, counts)| (RefusedKey::from_slice(&key), counts.iter().sum()))
+            .map(|(key, count)| (key.counter, key.reason, count))
+            .collect();
+        all.sort_unstable();
+        all
     }
 
     /// Every reason that was counted, with its count.

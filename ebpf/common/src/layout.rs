@@ -9,6 +9,12 @@
 //!  BACKENDS   array        Backend                by backend index
 //!  FLOWS      hash         FlowKey  -> Flow       established TCP; full means refused, never evicted
 //!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       embryonic and closing TCP, UDP, ICMP echo
+//!  VIP_COUNTS      per-CPU arr  Count   by a Vip's counter
+//!  BACKEND_COUNTS  per-CPU arr  Count   by backend index
+//!  REFUSED    per-CPU hash RefusedKey -> u64   packets refused by VIP and reason; full: REASONS counts alone
+//!  LOG        ring buffer  Event                  the flow log
+//!  LOG_CONFIG array 1      LogConfig              how much of it
+//!  LOG_STATE  per-CPU arr  LogState               its bound, and what it lost
 //!  REASONS    per-CPU arr  u64                    packets by Reason
 //!  PROGRAMS   prog array   one tail-call slot per PROGRAM_... constant, the same for every link of the node
 //!  SCRATCH    per-CPU arr  a program's working memory: no state, private to one load, not to be pinned
@@ -191,6 +197,8 @@ pub struct Vip {
     pub policy: u8,
     /// `VIP_...` flags.
     pub flags: u8,
+    /// Its element of `VIP_COUNTS`, the same for every entry of a service's policy; 0 is shared by what has none.
+    pub counter: u32,
 }
 
 /// New flows may pick it, and its flows go on.
@@ -286,16 +294,132 @@ pub struct Flow {
     pub service: u32,
     /// Kernel monotonic time of its first packet, seconds.
     pub born_s: u32,
+    /// The VIP's element of `VIP_COUNTS`; 0 is shared by what has none.
+    pub counter: u32,
+}
+
+/// What one CPU counted of a VIP or of a backend. The packets of an aggregate (GSO, GRO) count one by one, its
+/// bytes as it is: IP header and payload, one header per aggregate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Count {
+    /// Packets that passed, by [`FLOW_FORWARD`] and [`FLOW_REVERSE`].
+    pub packets: [u64; 2],
+    /// Their bytes.
+    pub bytes: [u64; 2],
+    /// Flows that were opened.
+    pub flows: u64,
+}
+
+/// Event: a flow was opened. The values of [`Event::kind`]; 0 is none.
+pub const EVENT_OPENED: u32 = 1;
+/// Event: both directions of a connection have ended, or it was reset; `detail` is its age in seconds.
+pub const EVENT_ENDED: u32 = 2;
+/// Event: a packet was refused; `detail` is the [`Reason`](crate::reason::Reason).
+pub const EVENT_REFUSED: u32 = 3;
+/// Event: a marked packet was handed to a local endpoint; `detail` is its number.
+pub const EVENT_DELIVERED: u32 = 4;
+/// Event: a marked packet was sent into the tunnel.
+pub const EVENT_TUNNELLED: u32 = 5;
+
+/// The mark of a probe, which survives tunnels and translation: the upper half of a TCP SYN's sequence number (so
+/// of the acknowledgement number of what answers it), or the sequence number of an ICMP echo. Whoever sends it by
+/// chance or on purpose is in the log, within [`LOG_MARKED_PER_SECOND`].
+pub const LOG_MARK: u16 = 0x57ef;
+/// How many events of marked packets a CPU writes in a second.
+pub const LOG_MARKED_PER_SECOND: u32 = 100;
+
+/// What the flow log shall hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct LogConfig {
+    /// One flow in so many; 0 is none.
+    pub sample_every: u32,
+    /// How many events a CPU writes in a second.
+    pub per_second: u32,
+}
+
+/// What one CPU knows of its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct LogState {
+    /// When the second began, kernel monotonic time, ns.
+    pub since_ns: u64,
+    /// Events in it.
+    pub used: u32,
+    /// Events of marked packets in it.
+    pub used_marked: u32,
+    /// Events written.
+    pub written: u64,
+    /// Events not written because the second had its share.
+    pub limited: u64,
+    /// Events not written because the ring was full.
+    pub lost: u64,
+}
+
+/// One event of the flow log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Event {
+    /// Kernel monotonic time, ns, of the timer tick's resolution.
+    pub time_ns: u64,
+    /// The packet as it came: source.
+    pub src: Addr,
+    /// Destination.
+    pub dst: Addr,
+    /// What it became: source; zero where it was not translated, as are the next three.
+    pub to_src: Addr,
+    /// Destination.
+    pub to_dst: Addr,
+    /// The packet as it came: source port.
+    pub sport_be: u16,
+    /// Destination port.
+    pub dport_be: u16,
+    /// What it became: source port.
+    pub to_sport_be: u16,
+    /// Destination port.
+    pub to_dport_be: u16,
+    /// The VIP's element of `VIP_COUNTS`; 0 where it is not known.
+    pub counter: u32,
+    /// The backend's index; 0 where there is none.
+    pub backend: u32,
+    /// The number of the endpoint that sent it; 0 is the tunnel.
+    pub sender: u32,
+    /// What the kind says.
+    pub detail: u32,
+    /// `EVENT_...`.
+    pub kind: u8,
+    /// The protocol.
+    pub proto: u8,
+    /// Whether the packet carried [`LOG_MARK`]: 0 or 1.
+    pub marked: u8,
+    /// [`FLOW_FORWARD`] or [`FLOW_REVERSE`], of a translated packet.
+    pub direction: u8,
     /// Zero.
     pub pad: u32,
 }
 
+/// Whose refused packets an element of `REFUSED` counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct RefusedKey {
+    /// The VIP's element of `VIP_COUNTS`.
+    pub counter: u32,
+    /// The [`Reason`](crate::reason::Reason).
+    pub reason: u32,
+}
+
 const _: () = {
+    assert!(size_of::<Count>() == 40);
+    assert!(size_of::<RefusedKey>() == 8);
+    assert!(size_of::<LogConfig>() == 8);
+    assert!(size_of::<LogState>() == 40);
+    assert!(size_of::<Event>() == 104);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<Config>() == 96);
     assert!(size_of::<Endpoint>() == 64);
     assert!(size_of::<VipKey>() == 20);
-    assert!(size_of::<Vip>() == 16);
+    assert!(size_of::<Vip>() == 20);
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<FlowKey>() == 44);
     assert!(size_of::<Flow>() == 56);

@@ -1,6 +1,7 @@
-//! Wire types of the NetManager's two doors, and nothing that acts on them.
+//! Wire types of the NetManager's doors, and nothing that acts on them.
 //!
 //! - [`cni`]: what the CNI plugin asks over the unix socket (one JSON request line, one JSON reply line);
+//! - [`observe`]: what `weft flows` and `weft trace` ask over another;
 //! - [`table`]: what a node must know, with its revision;
 //! - [`stream`]: what a node and its agent say to each other (feature `stream` adds the gRPC client and server,
 //!   [`codec`] and the certificates' roles, [`identity`]).
@@ -13,5 +14,6 @@ pub mod cni;
 pub mod codec;
 #[cfg(feature = "stream")]
 pub mod identity;
+pub mod observe;
 pub mod stream;
 pub mod table;

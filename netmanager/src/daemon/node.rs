@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use netmanager_api::{stream::InstanceRef, table::Table};
@@ -18,6 +19,7 @@ use crate::{
     janitor::{Census, Janitor, Limits},
     links::{Links, LinksError, NodeWish},
     metrics::Gauges,
+    observe::Names,
     plan::{self, Inputs, KernelState, Memory, NodeEndpoint, Shortage, TunnelDevice},
     policy::Sight,
     probe::{Observed, Probes},
@@ -66,6 +68,10 @@ pub(super) struct Node {
     /// Of the last whole pass that began after the table came.
     pub(super) census: Option<Census>,
     pub(super) ticks: u64,
+    /// When the last table came, on the kernel's monotonic clock.
+    pub(super) table_since: Option<Duration>,
+    /// What the numbers stand for, once somebody asked; until something changes.
+    pub(super) names: Option<Arc<Names>>,
 }
 
 /// Why the kernel does not match the table.
@@ -112,6 +118,8 @@ impl Node {
             janitor: Janitor::new(parts.datapath.flow_tables()?.into(), Limits::default()),
             census: None,
             ticks: 0,
+            table_since: None,
+            names: None,
             parts,
         };
         node.table.clone_from(&node.received);
@@ -150,6 +158,7 @@ impl Node {
         self.table.clone_from(&self.received);
         self.endpoint = None;
         self.census = None;
+        self.table_since = Some(monotonic());
         self.janitor.restart();
         self.reconcile().await;
     }
@@ -203,6 +212,7 @@ impl Node {
 
     /// Makes the kernel match what is known, and tells who follows.
     pub(super) async fn reconcile(&mut self) {
+        self.names = None;
         let result = match self.received.clone() {
             Some(received) => self.reconcile_with(&received).await,
             None => Ok(()),
@@ -241,6 +251,8 @@ impl Node {
             quota: self.parts.settings.quota,
         };
         let want = plan::desired(&inputs, &mut self.memory, monotonic())?;
+        let (vips, backends) = self.memory.take_given();
+        self.parts.datapath.reset_counts(&vips, &backends)?;
         for op in plan::diff(&self.have, &want) {
             self.parts.datapath.apply(&op)?;
             self.have.apply(&op);
@@ -284,7 +296,7 @@ impl Node {
     }
 
     /// The tunnel device; a predecessor's until the own keeper has looked at it, so that a restart is no gap.
-    fn tunnel(&self) -> Option<TunnelDevice> {
+    pub(super) fn tunnel(&self) -> Option<TunnelDevice> {
         match self.parts.tunnel.device() {
             Some(device) => Some(TunnelDevice {
                 ifindex: device.ifindex,

@@ -146,7 +146,13 @@ impl Node {
         self.parts.gauges.send_modify(|gauges| {
             gauges.endpoints = endpoints.len() as u64;
             gauges.vips = self.have.vips.len() as u64;
-            gauges.applied_index = applied.map_or(0, |revision| revision.index);
+            gauges.applied = applied.unwrap_or_default();
+            gauges.table_since = self.table_since;
+            gauges.has_trouble = self.trouble.is_some();
+            gauges.unreachable = self.sight.unreachable.len();
+            gauges.rtt_us.clone_from(&self.sight.rtt_us);
+            gauges.tunnel_mtu = self.tunnel().map_or(0, |tunnel| tunnel.mtu);
+            gauges.map_entries = self.map_entries();
             if gauges.map_sizes.is_empty() {
                 gauges.map_sizes = self.parts.datapath.map_sizes();
             }

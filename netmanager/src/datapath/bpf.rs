@@ -33,7 +33,7 @@ use ebpf_common::layout::{
 use nix::net::if_::if_indextoname;
 
 use super::{
-    Datapath, DatapathError, FlowTable, Hook, Reasons, bpffs,
+    Counts, Datapath, DatapathError, FlowTable, Hook, Reasons, bpffs,
     object::{
         MAPS, check_layout, load, load_program, map_error, map_path, open_map, program_error,
         take_over_dispatcher,
@@ -92,6 +92,7 @@ pub struct BpfDatapath {
     vips: HashMap<MapData, Raw<VipKey>, Raw<Vip>>,
     slots: Array<MapData, u32>,
     backends: Array<MapData, Raw<Backend>>,
+    counts: Counts,
     /// Held, because an array of programs is emptied when its last holder in user space goes.
     _programs: ProgramArray<MapData>,
 }
@@ -145,6 +146,7 @@ impl BpfDatapath {
             vips: open_map(&directory, "VIPS")?,
             slots: open_map(&directory, "SLOTS")?,
             backends: open_map(&directory, "BACKENDS")?,
+            counts: Counts::open(&directory)?,
             _programs: programs,
             directory,
         })
@@ -156,6 +158,7 @@ impl BpfDatapath {
         Capacity {
             backends: self.backends.len(),
             slots: self.slots.len(),
+            counters: self.counts.len(),
         }
     }
 
@@ -174,6 +177,22 @@ impl BpfDatapath {
     /// When they cannot be opened.
     pub fn reasons(&self) -> Result<Reasons, DatapathError> {
         Reasons::open(&self.directory)
+    }
+
+    /// The counters by VIP and backend, for the metrics.
+    ///
+    /// # Errors
+    /// When they cannot be opened.
+    pub fn counts(&self) -> Result<Counts, DatapathError> {
+        Counts::open(&self.directory)
+    }
+
+    /// Starts the counts of new owners from zero: elements of `VIP_COUNTS`, and indexes of backends.
+    ///
+    /// # Errors
+    /// When a map cannot be written.
+    pub fn reset_counts(&mut self, vips: &[u32], backends: &[u32]) -> Result<(), DatapathError> {
+        self.counts.reset(vips, backends)
     }
 
     /// The capacity of every map, by its name.

@@ -7,7 +7,9 @@ use aya::{
     maps::{Map, MapData, MapError, MapInfo},
     programs::{ProgramError, SchedClassifier},
 };
-use ebpf_common::layout::{Addr, Backend, Config, Endpoint, Flow, FlowKey, Vip, VipKey};
+use ebpf_common::layout::{
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey,
+};
 
 use super::{DatapathError, Sizes};
 
@@ -18,7 +20,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 10] = [
+pub(super) const MAPS: [(&str, usize, usize); 13] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -28,6 +30,9 @@ pub(super) const MAPS: [(&str, usize, usize); 10] = [
     ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FLOWS_LRU", size_of::<FlowKey>(), size_of::<Flow>()),
     ("REASONS", 4, 8),
+    ("VIP_COUNTS", 4, size_of::<Count>()),
+    ("BACKEND_COUNTS", 4, size_of::<Count>()),
+    ("REFUSED", size_of::<RefusedKey>(), 8),
     ("PROGRAMS", 4, 4),
 ];
 
@@ -39,8 +44,11 @@ pub(super) fn load(directory: &Path, sizes: Sizes) -> Result<Ebpf, DatapathError
     }
     loader
         .map_max_entries("BACKENDS", sizes.backends)
+        .map_max_entries("BACKEND_COUNTS", sizes.backends)
         .map_max_entries("SLOTS", sizes.slots)
         .map_max_entries("VIPS", sizes.vips)
+        // A VIP has two entries at least: itself and a port.
+        .map_max_entries("VIP_COUNTS", (sizes.vips / 2).max(2))
         .map_max_entries("FLOWS", sizes.flows)
         .map_max_entries("FLOWS_LRU", sizes.flows / 2)
         .load(OBJECT)

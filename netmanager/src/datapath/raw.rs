@@ -14,4 +14,6 @@ macro_rules! plain {
         unsafe impl aya::Pod for Raw<layout::$name> {}
     )*};
 }
-plain!(Addr, Backend, Config, Endpoint, Flow, FlowKey, Vip, VipKey);
+plain!(
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey
+);

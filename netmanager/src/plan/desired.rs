@@ -160,6 +160,7 @@ fn add_vips(
 ) -> Result<(), Shortage> {
     let mut live = BTreeSet::new();
     let mut used = BTreeSet::new();
+    let mut vips = BTreeSet::new();
     let mut near = std::mem::take(&mut memory.near);
     near.retain(|number, _| {
         inputs
@@ -176,11 +177,14 @@ fn add_vips(
                 policy: vip.policy.0,
                 instance: vip.instance,
             };
+            let vip6 = addr(vip.addr6);
+            vips.insert(vip6);
+            let counter = memory.counters.hold(vip6);
             let here = inputs.table.node.number;
             let v6: Vec<Candidate> = candidates.iter().map(|(candidate, _)| *candidate).collect();
             let slots6 = policy::slots(wanted, &v6, here, inputs.sight, near);
             let families = [
-                Some((addr(vip.addr6), slots6)),
+                Some((vip6, slots6)),
                 vip.addr4.map(|address| {
                     let v4: Vec<Candidate> = candidates
                         .iter()
@@ -204,6 +208,7 @@ fn add_vips(
                     target_port_be: 0,
                     policy: wanted.policy.code(),
                     flags: 0,
+                    counter,
                 };
                 state
                     .vips
@@ -212,6 +217,7 @@ fn add_vips(
         }
     }
     memory.near = near;
+    memory.counters.rest_all_but(&vips, now);
     memory.bury_all_but(&live, now);
     memory.rest_all_but(&used, now);
     Ok(())

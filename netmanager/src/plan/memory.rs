@@ -15,7 +15,7 @@ use std::{
 
 use ebpf_common::layout::{self, Addr};
 
-use super::KernelState;
+use super::{KernelState, counters::Counters};
 
 /// How long a dead backend keeps its index: longer than a pass of the flow janitor over the largest map.
 pub const DEAD_REST: Duration = Duration::from_secs(120);
@@ -29,6 +29,8 @@ pub struct Capacity {
     pub backends: u32,
     /// Elements of `SLOTS`.
     pub slots: u32,
+    /// Elements of `VIP_COUNTS`.
+    pub counters: u32,
 }
 
 /// A map that is too small for the table.
@@ -61,6 +63,9 @@ pub struct Memory {
     backends: BTreeMap<u32, Held>,
     indexes: BTreeMap<Addr, u32>,
     runs: BTreeMap<u32, Run>,
+    pub(super) counters: Counters,
+    /// Indexes that were given to a backend since somebody asked.
+    given: Vec<u32>,
     /// What `closest` chose last, by service number.
     pub(super) near: BTreeMap<u32, BTreeSet<u32>>,
 }
@@ -88,6 +93,8 @@ impl Memory {
             backends: BTreeMap::new(),
             indexes: BTreeMap::new(),
             runs: BTreeMap::new(),
+            counters: Counters::new(capacity.counters),
+            given: Vec::new(),
             near: BTreeMap::new(),
         }
     }
@@ -96,6 +103,7 @@ impl Memory {
     #[must_use]
     pub fn adopt(capacity: Capacity, have: &KernelState, now: Duration) -> Self {
         let mut memory = Self::new(capacity);
+        memory.counters = Counters::adopt(capacity.counters, &have.vips);
         for (&index, &backend) in &have.backends {
             let dead_since = (backend.flags == 0).then_some(now);
             memory.backends.insert(
@@ -143,6 +151,7 @@ impl Memory {
             self.indexes.remove(&old.backend.addr6);
             backend.generation = old.backend.generation.wrapping_add(1).max(1);
         }
+        self.given.push(index);
         self.indexes.insert(backend.addr6, index);
         self.backends.insert(
             index,
@@ -238,6 +247,12 @@ impl Memory {
             run.idle_since
                 .is_none_or(|since| now.saturating_sub(since) < RUN_REST)
         });
+    }
+
+    /// What was given to a new owner since this was asked last, whose counts are to start from zero: elements
+    /// of `VIP_COUNTS` and of `BACKEND_COUNTS`.
+    pub fn take_given(&mut self) -> (Vec<u32>, Vec<u32>) {
+        (self.counters.take_given(), std::mem::take(&mut self.given))
     }
 
     /// Whether a run rests, so that planning again later would change something.

@@ -18,6 +18,7 @@ use crate::policy::Sight;
 const CAPACITY: Capacity = Capacity {
     backends: 8,
     slots: 16,
+    counters: 16,
 };
 const NOW: Duration = Duration::from_secs(1_000);
 
@@ -116,8 +117,8 @@ fn a_table_becomes_vips_runs_and_backends() {
     );
     let vip = vip_of(&state);
     assert_eq!(
-        (vip.slot_count, vip.target_port_be, vip.service),
-        (2, 8080u16.to_be(), 5)
+        (vip.slot_count, vip.target_port_be, vip.service, vip.counter),
+        (2, 8080u16.to_be(), 5, 1)
     );
     assert_eq!(
         state.runs,
@@ -154,6 +155,7 @@ fn a_dead_backend_has_no_flags_and_its_index_names_another_only_later_and_with_a
     let capacity = Capacity {
         backends: 3,
         slots: 16,
+        counters: 16,
     };
     let mut memory = Memory::new(capacity);
     let two = vec![
@@ -304,7 +306,7 @@ proptest! {
     fn no_vip_ever_points_at_slots_of_nobody(
         steps in prop::collection::vec((prop::collection::btree_set(0u32..6, 0..4), 0u64..3_000), 1..12),
     ) {
-        let mut memory = Memory::new(Capacity { backends: 64, slots: 64 });
+        let mut memory = Memory::new(Capacity { backends: 64, slots: 64, counters: 64 });
         let mut kernel = KernelState::default();
         let mut now = NOW;
         for (instances, millis) in steps {

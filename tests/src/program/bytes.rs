@@ -3,7 +3,9 @@
 //! Written out a second time on purpose: what the layout's structs look like in memory is what a test compares
 //! them with. Integers are in native order, as the kernel reads them.
 
-use ebpf_common::layout::{Addr, Backend, Config, Endpoint, Flow, FlowKey, Vip, VipKey};
+use ebpf_common::layout::{
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey,
+};
 
 /// A value that stands in map memory.
 pub trait Bytes: Sized {
@@ -69,8 +71,10 @@ structs! {
     Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu, flags, pad }
     Endpoint { addr6, addr4, number, ifindex, flags, quota, mac, host_mac, pad }
     VipKey { addr, port_be, proto, pad }
-    Vip { slot_base, slot_count, service, target_port_be, policy, flags }
+    Vip { slot_base, slot_count, service, target_port_be, policy, flags, counter }
     Backend { addr6, addr4, node, generation, flags, pad }
     FlowKey { src, dst, sport_be, dport_be, endpoint, proto, direction, pad }
-    Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service, born_s, pad }
+    Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service, born_s, counter }
+    Count { packets, bytes, flows }
+    RefusedKey { counter, reason }
 }

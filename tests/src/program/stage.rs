@@ -151,7 +151,8 @@ impl Stage {
         backend_of(NODE, number)
     }
 
-    /// Declares a service's VIP of one policy: [`PORT`] to [`TARGET`] by TCP and UDP, and echo.
+    /// Declares a service's VIP of one policy: [`PORT`] to [`TARGET`] by TCP and UDP, and echo. It is counted under
+    /// the service's number.
     pub fn service(&mut self, policy: Policy, service: u16, backends: &[u32]) {
         let slot_base = self.next_slot;
         self.next_slot += u32::try_from(backends.len()).expect("a few slots");
@@ -180,6 +181,7 @@ impl Stage {
                     target_port_be: target.to_be(),
                     policy: policy.code(),
                     flags: 0,
+                    counter: u32::from(service),
                 };
                 self.node.declare(&key, &vip);
             }
