@@ -44,8 +44,8 @@ pub(crate) struct Lead {
     /// Time between two heartbeats of the leader, and the limit of one message to another lead.
     #[arg(long, default_value = "250ms", value_parser = duration)]
     heartbeat: Duration,
-    /// A lead stands for election when the leader is silent for 2.5 to 3 times this.
-    #[arg(long, default_value = "500ms", value_parser = duration)]
+    /// How long a lead believes in a silent leader before it stands for election; at least three heartbeats.
+    #[arg(long, default_value = "750ms", value_parser = duration)]
     election: Duration,
 }
 
@@ -65,8 +65,7 @@ impl Lead {
             lease: self.lease,
             timers: Timers {
                 heartbeat_ms: millis(self.heartbeat),
-                election_min_ms: millis(self.election),
-                election_max_ms: millis(self.election * 3 / 2),
+                lease_ms: millis(self.election),
             },
         };
         runtime()?.block_on(async {

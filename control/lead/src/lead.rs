@@ -19,6 +19,7 @@ use crate::{
     leases::Leases,
     raft::{
         Member, Raft, Timers,
+        election::Election,
         network::{Network, PostError},
         propose::{Done, ProposeError, Proposer},
     },
@@ -107,6 +108,7 @@ pub(crate) struct Lead {
     pub(crate) proposer: Proposer,
     pub(crate) network: Network,
     pub(crate) timers: Timers,
+    pub(crate) election: Election,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) planned: watch::Sender<Planned>,
 }
@@ -274,7 +276,7 @@ impl Lead {
         alone
             || metrics
                 .millis_since_quorum_ack
-                .is_some_and(|ms| ms <= self.timers.reign_ms())
+                .is_some_and(|ms| ms <= self.timers.lease_ms)
     }
 
     /// The leader, as far as this lead knows.

@@ -38,7 +38,7 @@ use crate::{
     door::Door,
     lead::{Lead, Planned},
     leases::Leases,
-    raft::{network::Network, propose::Proposer},
+    raft::{Started, network::Network, propose::Proposer},
     replica::Replica,
 };
 
@@ -169,7 +169,8 @@ pub async fn serve(
         timers: options.timers,
         peers: &options.peers,
     };
-    let (raft, id) = raft::start(start, network.clone(), replica.clone()).await?;
+    let Started { raft, id, election } =
+        raft::start(start, network.clone(), replica.clone()).await?;
     let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()));
     let lead = Arc::new(Lead {
         name: options.name.clone(),
@@ -179,6 +180,7 @@ pub async fn serve(
         proposer,
         network,
         timers: options.timers,
+        election: election.clone(),
         leases: Leases::default().into(),
         planned: watch::Sender::new(Planned::default()),
     });
@@ -196,6 +198,7 @@ pub async fn serve(
         routes: door::routes(&lead, agents),
     };
     tasks.spawn(until(shutdown.clone(), proposing));
+    tasks.spawn(until(shutdown.clone(), election.run()));
     tasks.spawn(until(shutdown.clone(), control::run(lead.clone(), mesh)));
     tasks.spawn(door.serve(shutdown.clone()));
     let fatal = tokio::select! {

@@ -12,6 +12,7 @@
 
 mod codec;
 mod disk;
+pub(crate) mod election;
 mod log;
 mod machine;
 pub(crate) mod network;
@@ -19,14 +20,16 @@ pub(crate) mod propose;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap, io::Cursor, net::SocketAddr, path::Path, sync::Arc, time::Duration,
+};
 
 use control_core::command::{Batch, Outcome};
 use openraft::{Config, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode};
-use self::{disk::Disk, log::LogStore, machine::Machine, network::Network};
+use self::{disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network};
 use crate::replica::Replica;
 
 openraft::declare_raft_types!(
@@ -61,32 +64,34 @@ impl Default for Member {
 
 /// How long the group waits before it thinks that something is wrong.
 ///
-/// A lead grants the leader a lease of `election_max_ms` with every message, and stands for election when it heard
-/// nothing for that and a random time between `election_min_ms` and `election_max_ms` more.
+/// A lead grants the leader a lease with every message. When it heard nothing for that long it stands for election,
+/// one `stagger` later for each lead that comes before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timers {
     /// Between two heartbeats, and the limit of one AppendEntries, milliseconds.
     pub heartbeat_ms: u64,
-    /// The shortest time beyond the lease, milliseconds.
-    pub election_min_ms: u64,
-    /// The lease, and the longest time beyond it, milliseconds.
-    pub election_max_ms: u64,
+    /// How long a lead believes in a silent leader, milliseconds; at least three heartbeats.
+    pub lease_ms: u64,
 }
 
 impl Timers {
-    /// The soonest that another leader can be elected after a majority heard the last one.
-    pub(crate) fn reign_ms(&self) -> u64 {
-        self.election_max_ms + self.election_min_ms
+    /// How long a lead believes in a silent leader: the soonest that another can be elected.
+    pub(crate) fn lease(self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// Between two candidates: long enough for a canvass and a vote.
+    pub(crate) fn stagger(self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms / 2)
     }
 }
 
 impl Default for Timers {
-    /// For leads a LAN apart: a lost leader is replaced within 1.25 to 1.5 s.
+    /// For leads a LAN apart: a lost leader is replaced within 0.75 to 1 s.
     fn default() -> Self {
         Self {
             heartbeat_ms: 250,
-            election_min_ms: 500,
-            election_max_ms: 750,
+            lease_ms: 750,
         }
     }
 }
@@ -123,9 +128,17 @@ pub enum StartError {
         #[source]
         source: disk::DiskError,
     },
-    /// The timers contradict each other.
-    #[error("the raft timers do not serve")]
-    Timers(#[source] Box<openraft::ConfigError>),
+    /// One lost heartbeat must not cost an election.
+    #[error(
+        "--election is {lease_ms} ms, less than three times --heartbeat ({heartbeat_ms} ms): raise it to {} ms or more",
+        3 * heartbeat_ms
+    )]
+    Timers {
+        /// `--heartbeat`.
+        heartbeat_ms: u64,
+        /// `--election`.
+        lease_ms: u64,
+    },
     /// The data is of another lead.
     #[error(
         "{dir} holds the data of lead {found:?}, not of {name:?}: start with the right --data, or with --name {found}"
@@ -162,12 +175,19 @@ pub(crate) struct Start<'a> {
     pub(crate) peers: &'a BTreeMap<String, SocketAddr>,
 }
 
+/// A lead's part in the group.
+pub(crate) struct Started {
+    pub(crate) raft: Raft,
+    pub(crate) id: u64,
+    pub(crate) election: Election,
+}
+
 /// Starts this lead's part of the group; the smallest name forms it.
 pub(crate) async fn start(
     start: Start<'_>,
     network: Network,
     replica: Arc<Replica>,
-) -> Result<(Raft, u64), StartError> {
+) -> Result<Started, StartError> {
     let dir = start.data.display().to_string();
     let disk = Disk::open(start.data).map_err(|source| StartError::Disk {
         dir: dir.clone(),
@@ -175,11 +195,11 @@ pub(crate) async fn start(
     })?;
     let members = members(start.peers);
     let id = own_id(&disk, &start, &members, &dir)?;
-    let config = config(start.timers).map_err(StartError::Timers)?;
+    let config = config(start.timers)?;
     let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
     let log = LogStore::new(disk.clone());
     let machine = Machine::load(disk, replica).map_err(|error| failed(&error))?;
-    let raft = Raft::new(id, Arc::new(config), network, log, machine)
+    let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine)
         .await
         .map_err(|error| failed(&error))?;
     let fresh = !raft
@@ -192,7 +212,14 @@ pub(crate) async fn start(
             .await
             .map_err(|error| failed(&error))?;
     }
-    Ok((raft, id))
+    let election = Election {
+        raft: raft.clone(),
+        network,
+        log,
+        timers: start.timers,
+        id,
+    };
+    Ok(Started { raft, id, election })
 }
 
 /// The id on disk, or on a first start the one that the list of peers gives.
@@ -225,17 +252,30 @@ fn own_id(
     Ok(*id)
 }
 
-fn config(timers: Timers) -> Result<Config, Box<openraft::ConfigError>> {
-    Config {
+fn config(timers: Timers) -> Result<Config, StartError> {
+    let Timers {
+        heartbeat_ms,
+        lease_ms,
+    } = timers;
+    if heartbeat_ms == 0 || lease_ms < 3 * heartbeat_ms {
+        return Err(StartError::Timers {
+            heartbeat_ms,
+            lease_ms,
+        });
+    }
+    let config = Config {
         cluster_name: "weft".to_owned(),
-        heartbeat_interval: timers.heartbeat_ms,
-        election_timeout_min: timers.election_min_ms,
-        election_timeout_max: timers.election_max_ms,
+        heartbeat_interval: heartbeat_ms,
+        // openraft's vote lease is its longest timeout; its own elections are off.
+        election_timeout_min: lease_ms - 1,
+        election_timeout_max: lease_ms,
+        enable_elect: false,
         install_snapshot_timeout: 10_000,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
         max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
         ..Config::default()
-    }
-    .validate()
-    .map_err(Box::new)
+    };
+    Ok(config
+        .validate()
+        .expect("the timeouts are above the heartbeat, and the limits are not zero"))
 }

@@ -13,7 +13,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     lead::Lead,
-    raft::{decode, encode},
+    raft::{decode, election, encode},
 };
 
 /// The largest message of a lead, bytes.
@@ -24,6 +24,7 @@ type Reply = Result<Vec<u8>, (StatusCode, String)>;
 pub(crate) fn routes(lead: Arc<Lead>) -> Router {
     Router::new()
         .route("/raft/v1/append", post(append))
+        .route(election::PATH, post(canvass))
         .route("/raft/v1/vote", post(vote))
         .route("/raft/v1/snapshot", post(snapshot))
         .route("/raft/v1/ask", post(ask))
@@ -41,6 +42,10 @@ fn write<T: Serialize>(answer: &T) -> Reply {
 
 async fn append(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
     write(&lead.raft.append_entries(read(&body)?).await)
+}
+
+async fn canvass(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
+    write(&lead.election.answer(read(&body)?).await)
 }
 
 async fn vote(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {

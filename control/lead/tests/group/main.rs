@@ -3,13 +3,14 @@
 
 mod agents;
 mod mesh;
+mod relay;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use control_api::http::{Application, ApplyResponse, ApplyResult, List, Problem, Status};
 use http::StatusCode;
 
-use crate::mesh::{TestMesh, wait_for};
+use crate::mesh::{LIMIT, TestMesh, wait_for};
 
 const GOAL: &str = "
 apiVersion: weft.dev/v1alpha1
@@ -93,6 +94,36 @@ async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
         apply(&mesh, &leader, "two").await.0 == StatusCode::OK
     })
     .await;
+    mesh.end().await;
+}
+
+/// Without a canvass it would raise the term again and again, and unseat the leader once it is heard.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_heard_nobody_comes_back_without_an_election() {
+    let mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [deaf, other] = mesh.others(&leader);
+    let term = async || mesh.get::<Status>(&leader, "/v1/status").await.1.term;
+    let before = term().await;
+
+    mesh.hears(&deaf, false);
+    let unheard = Duration::from_secs(4);
+    let since = Instant::now();
+    let mut number = 0;
+    while since.elapsed() < unheard {
+        number += 1;
+        let (status, _) = apply(&mesh, &other, &format!("app{number}")).await;
+        assert_eq!(status, StatusCode::OK, "change {number}");
+    }
+    mesh.hears(&deaf, true);
+    wait_for("it to catch up", LIMIT, async || {
+        let path = "/v1/applications?consistent=false";
+        let (_, list): (_, List<Application>) = mesh.get(&deaf, path).await;
+        list.items.len() == number
+    })
+    .await;
+    assert_eq!(mesh.leader().await, leader);
+    assert_eq!(term().await, before);
     mesh.end().await;
 }
 

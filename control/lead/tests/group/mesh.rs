@@ -21,6 +21,8 @@ use weft_lead::{
     dial::{dial, exchange},
 };
 
+use crate::relay::Relay;
+
 /// How long a test waits for what must happen.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
@@ -45,7 +47,11 @@ struct Running {
 /// Leads that form one group.
 pub(crate) struct TestMesh {
     dir: tempfile::TempDir,
+    /// Where their doors are.
     addresses: BTreeMap<String, SocketAddr>,
+    /// Where the others are told that they are: behind a relay that can be cut.
+    advertised: BTreeMap<String, SocketAddr>,
+    relays: BTreeMap<String, Relay>,
     running: BTreeMap<String, Running>,
 }
 
@@ -76,13 +82,22 @@ impl TestMesh {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             listeners.push(((*name).to_owned(), listener));
         }
-        let addresses = listeners
+        let addresses: BTreeMap<_, _> = listeners
             .iter()
             .map(|(name, listener)| (name.clone(), listener.local_addr().unwrap()))
             .collect();
+        let mut relays = BTreeMap::new();
+        for (name, address) in &addresses {
+            relays.insert(name.clone(), Relay::start(*address).await);
+        }
         let mut mesh = Self {
             dir,
+            advertised: relays
+                .iter()
+                .map(|(name, relay)| (name.clone(), relay.address))
+                .collect(),
             addresses,
+            relays,
             running: BTreeMap::new(),
         };
         for (name, listener) in listeners {
@@ -98,9 +113,9 @@ impl TestMesh {
             data: self.dir.path().join(format!("data-{name}")),
             credentials: self.dir.path().join(format!("lead-{name}")),
             listen: self.addresses[name],
-            advertise: None,
+            advertise: Some(self.advertised[name]),
             mesh: Some(self.dir.path().join("ca/mesh.json")),
-            peers: self.addresses.clone(),
+            peers: self.advertised.clone(),
             lease: Duration::from_secs(2),
             timers: Timers::default(),
         };
@@ -114,6 +129,11 @@ impl TestMesh {
     pub(crate) async fn start_lead(&mut self, name: &str) {
         let listener = TcpListener::bind(self.addresses[name]).await.unwrap();
         self.run(name, listener);
+    }
+
+    /// Whether the other leads reach `name`; it reaches them all the while.
+    pub(crate) fn hears(&self, name: &str, hears: bool) {
+        self.relays[name].cut.send_replace(!hears);
     }
 
     /// Stops a lead.

@@ -1,0 +1,199 @@
+//! Elections with a pre-vote round (D. Ongaro, "Consensus: Bridging Theory and Practice", 9.6), which openraft 0.9
+//! has not.
+//!
+//! ```text
+//!  silent for a lease + rank * stagger --> Canvass to every voter --majority of yes--> openraft's election
+//! ```
+//!
+//! openraft's own timer is off: whoever raises the term unseats the leader, so a lead that was cut off, or that
+//! hears nobody while all hear it, would come back and cost an election. A voter says yes only when it hears no
+//! leader itself and the candidate's log is not behind its own. The rank is the place of a lead's id among the
+//! voters: candidates stand one after the other instead of against each other, and no random number is needed.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use openraft::{LogId, ServerState, storage::RaftLogStorage};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+
+use super::{Member, Raft, Timers, log::LogStore, network::Network};
+
+/// Would you vote for me?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Canvass {
+    /// The end of the candidate's log.
+    pub(crate) last: Option<LogId<u64>>,
+}
+
+/// Where a lead is canvassed.
+pub(crate) const PATH: &str = "/raft/v1/canvass";
+
+/// What a voter knows when it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Standing {
+    /// The end of its log.
+    last: Option<LogId<u64>>,
+    /// For how long it has heard no leader, or as the leader no majority; `None` is "never since it started".
+    silent: Option<Duration>,
+}
+
+/// Whether a voter says yes.
+fn says_yes(own: Standing, canvass: Canvass, lease: Duration) -> bool {
+    own.silent.is_none_or(|silent| silent >= lease) && canvass.last >= own.last
+}
+
+/// How long a candidate waits from now: the rest of the lease, and its place in the queue.
+fn wait(silent: Option<Duration>, rank: u32, timers: Timers) -> Duration {
+    let lease = timers.lease();
+    lease.saturating_sub(silent.unwrap_or(lease)) + timers.stagger() * rank
+}
+
+/// This lead's part in the elections.
+#[derive(Clone)]
+pub(crate) struct Election {
+    pub(super) raft: Raft,
+    pub(super) network: Network,
+    pub(super) log: LogStore,
+    pub(super) timers: Timers,
+    pub(super) id: u64,
+}
+
+impl Election {
+    /// Answers a candidate.
+    pub(crate) async fn answer(&self, canvass: Canvass) -> bool {
+        match self.standing().await {
+            Some(standing) => says_yes(standing, canvass, self.timers.lease()),
+            None => false,
+        }
+    }
+
+    /// Stands for election whenever no leader is heard; ends when Raft does.
+    pub(crate) async fn run(self) {
+        while let Some(standing) = self.standing().await {
+            let rank = self.rank();
+            sleep(wait(standing.silent, rank.unwrap_or(0), self.timers)).await;
+            if rank.is_none() || !self.is_needed().await {
+                sleep(self.timers.stagger()).await;
+                continue;
+            }
+            tracing::info!("standing for election");
+            if self.raft.trigger().elect().await.is_err() {
+                return;
+            }
+            // The next attempt waits a lease: asking for votes counts as hearing a candidate.
+        }
+    }
+
+    /// Whether no leader is heard here, and a majority would vote for this lead.
+    async fn is_needed(&self) -> bool {
+        match self.standing().await {
+            Some(Standing { last, silent }) => {
+                silent.is_none_or(|it| it >= self.timers.lease()) && self.is_wanted(last).await
+            }
+            None => false,
+        }
+    }
+
+    /// What this lead knows now; `None` when Raft or its disk has ended.
+    async fn standing(&self) -> Option<Standing> {
+        // What touches the vote: a leader's messages, and a candidate that was voted for.
+        let seen = self.raft.with_raft_state(|state| {
+            let leads = state.server_state == ServerState::Leader;
+            (leads, state.vote_last_modified())
+        });
+        let (leads, heard) = seen.await.ok()?;
+        let silent = if leads {
+            let metrics = self.raft.metrics();
+            let ms = metrics.borrow().millis_since_quorum_ack;
+            Some(Duration::from_millis(ms.unwrap_or(0)))
+        } else {
+            heard.map(|heard| Instant::now().saturating_duration_since(heard))
+        };
+        let last = self.log.clone().get_log_state().await.ok()?.last_log_id;
+        Some(Standing { last, silent })
+    }
+
+    /// This lead's place among the voters; `None` where it is none, there is no group yet, or it leads.
+    fn rank(&self) -> Option<u32> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        if metrics.state == ServerState::Leader {
+            return None;
+        }
+        let mut voters = metrics.membership_config.voter_ids();
+        let place = voters.position(|id| id == self.id)?;
+        u32::try_from(place).ok()
+    }
+
+    /// Whether a majority of the voters, this one among them, would vote for this lead.
+    async fn is_wanted(&self, last: Option<LogId<u64>>) -> bool {
+        let (voters, others) = self.voters();
+        let canvass = Canvass { last };
+        let limit = Duration::from_millis(self.timers.heartbeat_ms);
+        let asked = others.iter().map(|member| async {
+            let answer = self.network.post(member, PATH, &canvass, limit);
+            matches!(answer.await, Ok(true))
+        });
+        let yes = join_all(asked).await.into_iter().filter(|yes| *yes).count();
+        2 * (yes + 1) > voters
+    }
+
+    /// How many voters there are, and those beside this lead.
+    fn voters(&self) -> (usize, Vec<Member>) {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let others = membership
+            .voter_ids()
+            .filter(|id| *id != self.id)
+            .filter_map(|id| membership.get_node(&id).cloned())
+            .collect();
+        (membership.voter_ids().count(), others)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::CommittedLeaderId;
+
+    use super::*;
+
+    fn log(term: u64, index: u64) -> Option<LogId<u64>> {
+        Some(LogId::new(CommittedLeaderId::new(term, 1), index))
+    }
+
+    #[test]
+    fn a_voter_says_yes_only_without_a_leader_and_to_a_log_as_long_as_its_own() {
+        let lease = Duration::from_millis(750);
+        let silent = |ms| Some(Duration::from_millis(ms));
+        for (last, silent, asked, want) in [
+            (log(2, 7), silent(750), log(2, 7), true),
+            (log(2, 7), silent(9_000), log(2, 8), true),
+            (log(2, 7), silent(749), log(3, 9), false),
+            (log(2, 7), silent(0), log(2, 7), false),
+            (log(2, 7), silent(750), log(2, 6), false),
+            (log(2, 7), silent(750), log(1, 99), false),
+            (log(2, 7), silent(750), None, false),
+            (None, None, None, true),
+            (None, None, log(1, 1), true),
+        ] {
+            let own = Standing { last, silent };
+            let canvass = Canvass { last: asked };
+            assert_eq!(says_yes(own, canvass, lease), want, "{own:?} {canvass:?}");
+        }
+    }
+
+    #[test]
+    fn candidates_stand_one_after_the_other_once_the_lease_is_over() {
+        let timers = Timers::default();
+        let silent = Some(Duration::from_millis(100));
+        let waits: Vec<_> = (0..3).map(|rank| wait(silent, rank, timers)).collect();
+        assert_eq!(waits[0], timers.lease() - Duration::from_millis(100));
+        assert_eq!(waits[1] - waits[0], timers.stagger());
+        assert_eq!(waits[2] - waits[1], timers.stagger());
+        assert_eq!(wait(None, 0, timers), Duration::ZERO);
+        let long = Some(Duration::from_secs(60));
+        assert_eq!(wait(long, 1, timers), timers.stagger());
+    }
+}
