@@ -20,6 +20,7 @@ mod deliver;
 mod error;
 mod flow;
 mod header;
+mod hold;
 mod log;
 mod maps;
 mod parse;
@@ -61,12 +62,15 @@ pub(crate) fn weft_pod(context: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn weft_tunnel(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
-    tunnel::from_tunnel(&mut skb).unwrap_or_else(dropped)
+    tunnel::from_tunnel(&mut skb).unwrap_or_else(|reason| lost(&skb, reason))
 }
 
 /// Counts a packet of an endpoint, and answers it where its sender is owed an answer.
 #[inline(never)]
 fn refused(skb: &mut Skb, reason: Reason) -> i32 {
+    if reason == Reason::Held {
+        return lost(skb, reason);
+    }
     refuse::answer(skb, reason).map_or_else(|| dropped(reason), |action| counted(reason, action))
 }
 
@@ -76,6 +80,15 @@ fn counted(reason: Reason, action: i32) -> i32 {
     count::refused(reason);
     log::refused(reason);
     action
+}
+
+/// Counts a packet and drops it, unless it is to come again.
+#[inline(always)]
+fn lost(skb: &Skb, reason: Reason) -> i32 {
+    match reason {
+        Reason::Held => counted(reason, skb.requeue()),
+        _ => dropped(reason),
+    }
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use ebpf_common::{
     addr::NODE_ENDPOINT,
-    layout::{Addr, Config, Endpoint, FLOW_FORWARD, FLOW_REVERSE},
+    layout::{Addr, CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_FORWARD, FLOW_REVERSE},
     reason::Reason,
 };
 
@@ -12,7 +12,7 @@ use crate::{
     deliver::{self, Way},
     error, flow,
     header::{ETHERNET_LEN, TCP_LEN},
-    log, maps,
+    hold, log, maps,
     parse::{Family, Kind, Packet},
     skb::Skb,
     translate, vip,
@@ -77,6 +77,10 @@ fn to_endpoint(
         translate::translate(skb, ETHERNET_LEN, packet)?;
         count::passed(skb, ETHERNET_LEN, packet);
         return back(skb, config, packet, way);
+    }
+    let is_answer = matches!(way, Way::Local(_)) && endpoint.number != NODE_ENDPOINT;
+    if is_answer && hold::is_on(config, CONFIG_HOLD_UNKNOWN) {
+        return Err(Reason::Held);
     }
     admit(endpoint, packet, way)?;
     deliver::fits(skb, config, packet, way)?;

@@ -5,7 +5,7 @@
 //! lives across such a call.
 
 use aya_ebpf::{
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_REDIRECT},
+    bindings::{BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_REDIRECT},
     helpers::generated::{
         bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_change_head,
         bpf_skb_change_tail, bpf_skb_change_type,
@@ -196,6 +196,13 @@ impl Skb {
     }
 
     /// Hands the packet to a veth's other end, in its own network namespace.
+    /// Puts the packet at the end of the queue of what arrives on its own link.
+    #[inline(always)]
+    pub(crate) fn requeue(&self) -> i32 {
+        // SAFETY: the helper only notes where the packet goes; an index that is no link drops it.
+        unsafe { bpf_redirect(self.ifindex(), BPF_F_INGRESS as u64) as i32 }
+    }
+
     #[inline(always)]
     pub(crate) fn redirect_peer(&self, ifindex: u32) -> i32 {
         // SAFETY: takes numbers only.

@@ -1,6 +1,9 @@
 //! Packets that come out of the tunnel: from remote endpoints, for local ones, and never into a tunnel again.
 
-use ebpf_common::{layout::FLOW_REVERSE, reason::Reason};
+use ebpf_common::{
+    layout::{CONFIG_HOLD_UNKNOWN, FLOW_REVERSE},
+    reason::Reason,
+};
 
 use crate::{
     address::{self, Name},
@@ -8,7 +11,7 @@ use crate::{
     deliver::{self, Way},
     error, flow,
     header::TCP_LEN,
-    log, maps,
+    hold, log, maps,
     parse::{Family, Kind},
     skb::Skb,
     translate,
@@ -36,6 +39,8 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
     } else if flow::undo(packet, endpoint.number, 0).is_some() {
         translate::translate(skb, 0, packet)?;
         count::passed(skb, 0, packet);
+    } else if hold::is_on(config, CONFIG_HOLD_UNKNOWN) {
+        return Err(Reason::Held);
     } else if packet.kind == Kind::Udp {
         flow::note_inbound(packet, endpoint.number);
     }

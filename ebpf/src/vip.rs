@@ -3,8 +3,9 @@
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
     layout::{
-        Addr, BACKEND_LIVE, Backend, Config, Endpoint, FLOW_FORWARD, FLOW_HAIRPIN, FLOW_REVERSE,
-        FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, VIP_ITSELF_PORT, Vip, VipKey,
+        Addr, BACKEND_LIVE, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint,
+        FLOW_FORWARD, FLOW_HAIRPIN, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6,
+        PROTO_TCP, VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick::{self, Tuple as HashTuple},
     reason::Reason,
@@ -13,6 +14,7 @@ use ebpf_common::{
 use crate::{
     count,
     flow::{self, Found},
+    hold,
     log,
     maps::{self, Entry, Table},
     parse::{Family, Kind, Packet},
@@ -52,7 +54,11 @@ pub(crate) fn resolve(
             }
             None => begin(config, packet, policy),
         },
-        Kind::Tcp => segment(config, packet, found.ok_or(Reason::NoFlow)?),
+        Kind::Tcp => {
+            let found =
+                found.ok_or_else(|| hold::or(config, CONFIG_HOLD_UNKNOWN, Reason::NoFlow))?;
+            segment(config, packet, found)
+        }
         Kind::Udp | Kind::EchoRequest => match found {
             Some(found) => datagram(config, packet, found.entry),
             None => begin(config, packet, policy),
@@ -137,6 +143,9 @@ fn reverse_of(key: &FlowKey, flow: &Flow) -> Flow {
 /// Opens a flow: picks a backend, claims the reverse entry, remembers both.
 #[inline(never)]
 fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
+    if hold::is_on(config, CONFIG_HOLD_NEW) {
+        return Err(Reason::Held);
+    }
     let vip = lookup(packet)?;
     packet.counter = vip.counter;
     let hash = hash_flow(config, packet);

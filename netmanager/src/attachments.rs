@@ -28,6 +28,9 @@ pub use mac::{Mac, MacError};
 /// How long a released IPv4 address is left alone while there is another, ms (DESIGN section 3).
 pub const REST4_MS: u64 = 10 * 60 * 1_000;
 
+/// 2026-01-01, seconds since 1970.
+const EPOCH_S: u64 = 1_767_225_600;
+
 /// One attachment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
@@ -264,6 +267,14 @@ impl Attachments {
     /// disk was lost.
     pub fn raise_numbers(&mut self, number: u32) {
         self.last_number = self.last_number.max(number);
+    }
+
+    /// Begins after every number that this node can have given: its state is lost, but it is no new node. There
+    /// is one number for each second since 2026, so that a node which attaches fewer than one endpoint a second
+    /// never meets an old one.
+    pub fn begin_anew(&mut self, now_ms: u64) {
+        let seconds = (now_ms / 1_000).saturating_sub(EPOCH_S);
+        self.raise_numbers(u32::try_from(seconds).unwrap_or(u32::MAX / 2));
     }
 
     /// As the kernel should hold the activated ones.

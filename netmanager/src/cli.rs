@@ -1,15 +1,19 @@
 //! The command line.
 
-use std::{net::IpAddr, net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::RangedI64ValueParser};
 use netmanager_api::cni::DEFAULT_SOCKET;
 use tokio::runtime;
 
 use crate::{
     daemon::{self, Settings, TunnelSettings},
-    datapath::{HookMode, Sizes, remove_pins},
+    datapath::{HookMode, Sizes, hand_back, remove_pins},
     follow::Agent,
     links::Links,
     store::Store,
@@ -33,6 +37,9 @@ enum Command {
     Tunnel(tunnel::Options),
     /// Removes what `run` left in the kernel; the node leaves the mesh.
     Remove(Remove),
+    /// Hands forwarding back to the layout of the previous version, flows included: run it after this version was
+    /// stopped, then start the previous one.
+    Downgrade(Downgrade),
 }
 
 #[derive(Debug, Args)]
@@ -79,18 +86,26 @@ struct Run {
     /// Established flows per pod; 0 is no limit.
     #[arg(long, default_value_t = 32_768)]
     flows_per_endpoint: u32,
+    /// Endpoints in all: pods and the node's own.
+    #[arg(long, default_value_t = 1_024, value_parser = size(16..=65_536))]
+    endpoints: u32,
     /// Established flows in all; half as many others (UDP, echoes, TCP that opens or closes) are remembered.
-    #[arg(long, default_value_t = 131_072)]
+    #[arg(long, default_value_t = 131_072, value_parser = size(1_024..=16_777_216))]
     flows: u32,
-    /// Backends in all.
-    #[arg(long, default_value_t = 16_384)]
+    /// Backends in all, with those that died in the last two minutes.
+    #[arg(long, default_value_t = 16_384, value_parser = size(64..=4_194_304))]
     backends: u32,
-    /// Slots in all: a backend has one per VIP, a sticky VIP has 16,381.
-    #[arg(long, default_value_t = 262_144)]
+    /// Slots in all: a backend has one per policy (twice while it changes), a sticky VIP has 16,381.
+    #[arg(long, default_value_t = 262_144, value_parser = size(1_024..=67_108_864))]
     slots: u32,
-    /// Declared ports in all, by address.
-    #[arg(long, default_value_t = 16_384)]
+    /// Declared ports in all, by address, and one more for each address.
+    #[arg(long, default_value_t = 16_384, value_parser = size(64..=4_194_304))]
     vips: u32,
+}
+
+/// A map's size, which must be in `range`.
+fn size(range: RangeInclusive<i64>) -> RangedI64ValueParser<u32> {
+    RangedI64ValueParser::new().range(range)
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -117,6 +132,23 @@ struct Remove {
     endpoint_device: String,
 }
 
+#[derive(Debug, Args)]
+struct Downgrade {
+    /// State directory, as given to `run`.
+    #[arg(long, default_value = "/var/lib/weft/node")]
+    state: PathBuf,
+    /// Folder for pins, as given to `run`.
+    #[arg(long, default_value = "/sys/fs/bpf/weft")]
+    bpffs: PathBuf,
+}
+
+impl Downgrade {
+    fn execute(&self) -> anyhow::Result<()> {
+        let _lock = Store::open(&self.state)?;
+        Ok(hand_back(&self.bpffs)?)
+    }
+}
+
 impl Cli {
     /// Does what the command line says.
     ///
@@ -130,6 +162,7 @@ impl Cli {
                 Ok(())
             }
             Command::Tunnel(options) => Ok(tunnel::run(&options)?),
+            Command::Downgrade(options) => options.execute(),
             Command::Remove(options) => current_thread()?.block_on(options.execute()),
         }
     }
@@ -198,6 +231,7 @@ impl Run {
                 Hook::Clsact => HookMode::Clsact,
             }),
             sizes: Sizes {
+                endpoints: self.endpoints,
                 backends: self.backends,
                 slots: self.slots,
                 vips: self.vips,
@@ -229,5 +263,22 @@ mod tests {
         assert!(parse("weft-netmanager run --node n1 --agent a:1 --credentials d").is_ok());
         assert!(parse("weft-netmanager run --node n1 --agent a:1").is_err());
         assert!(parse("weft-netmanager run --node n1").is_err());
+    }
+
+    #[test]
+    fn a_map_size_out_of_range_is_refused_by_its_option() {
+        for (option, bad) in [
+            ("--vips", "63"),
+            ("--slots", "67108865"),
+            ("--backends", "-1"),
+            ("--flows", "1023"),
+            ("--endpoints", "x"),
+        ] {
+            let line = format!("weft-netmanager run --node n1 --table t.json {option}={bad}");
+            let error = Cli::try_parse_from(line.split(' '))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(option) && error.contains(bad), "{error}");
+        }
     }
 }

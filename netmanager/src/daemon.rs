@@ -8,6 +8,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -118,7 +119,7 @@ pub enum DaemonError {
 /// When it cannot start.
 pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let found = preflight()?;
-    let store = Store::open(&settings.state)?;
+    let store = Arc::new(Store::open(&settings.state)?);
     if let Some(agent) = &settings.agent {
         follow::client_tls(agent)?;
     }
@@ -173,10 +174,13 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let mut carried = tunnel.watch();
     let (mut links_changed, watching) = links::watch_links()?;
 
+    let (kept, keeping) = watch::channel(None);
+    let keeping = tokio::spawn(node::keep_tables(store.clone(), keeping));
     let mut node = Node::restore(node::Parts {
         datapath,
         links,
         store,
+        tables: kept,
         mtu,
         underlay,
         tunnel,
@@ -225,6 +229,11 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     shutdown.cancel();
     watching.abort();
     tasks.shutdown().await;
+    // The last table may still be on its way to the disk.
+    drop(node);
+    if let Err(error) = keeping.await {
+        tracing::error!(%error, "failed to keep the last table");
+    }
     Ok(())
 }
 

@@ -13,16 +13,23 @@ use aya::{
     programs::{ProgramError, tc::TcError},
 };
 
-use crate::plan::{KernelState, Op};
+use crate::{
+    plan::{KernelState, Op},
+    store::process_of,
+};
 
 mod batch;
 mod bpf;
 mod bpffs;
+mod carry;
 mod counts;
 mod object;
 mod preflight;
 mod raw;
 mod reasons;
+mod stem;
+mod tables;
+mod takeover;
 
 pub use batch::FlowTable;
 pub use bpf::{BpfDatapath, HookMode, Options, Sizes};
@@ -30,6 +37,7 @@ pub use bpffs::remove_pins;
 pub use counts::Counts;
 pub use preflight::{Preflight, preflight};
 pub use reasons::Reasons;
+pub use takeover::hand_back;
 
 /// Which program a link carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,11 +56,11 @@ pub trait Datapath {
     /// When a map cannot be read.
     fn state(&self) -> Result<KernelState, DatapathError>;
 
-    /// Does one write.
+    /// Does writes, one after the other.
     ///
     /// # Errors
-    /// When the map refuses it.
-    fn apply(&mut self, op: &Op) -> Result<(), DatapathError>;
+    /// When a map refuses one; those before it are done.
+    fn apply(&mut self, ops: &[Op]) -> Result<(), DatapathError>;
 
     /// Makes a link carry its program; nothing happens where it does already.
     ///
@@ -100,6 +108,17 @@ pub enum DatapathError {
         #[source]
         source: io::Error,
     },
+    /// Another daemon forwards by these pins.
+    #[error(
+        "another NetManager{} forwards by the pins in {path}: stop it, there is one on a node",
+        process_of(*pid)
+    )]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Its process, where it can be seen from here.
+        pid: Option<u32>,
+    },
     /// A file or directory operation failed.
     #[error("failed to {what} {path}")]
     File {
@@ -111,22 +130,23 @@ pub enum DatapathError {
         #[source]
         source: io::Error,
     },
-    /// A pinned map is not of this layout.
+    /// More is in use than a configured size has room for.
     #[error(
-        "the pinned map {path} has keys of {found_key} and values of {found_value} bytes instead of {key} and {value}: it is not of this layout, remove it while nothing forwards"
+        "{option} {given} is too small: {used} are in use on this node, give at least {used}, or leave the size until fewer are"
     )]
-    Layout {
-        /// Its path.
-        path: PathBuf,
-        /// Key size found, bytes.
-        found_key: u32,
-        /// Value size found, bytes.
-        found_value: u32,
-        /// Key size wanted, bytes.
-        key: u32,
-        /// Value size wanted, bytes.
-        value: u32,
+    NoRoom {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        given: u32,
+        /// What is in use.
+        used: u32,
     },
+    /// No programs forward here.
+    #[error(
+        "nothing is pinned below {0}: no NetManager ever forwarded here, or another --bpffs is meant"
+    )]
+    NothingRuns(PathBuf),
     /// The object lacks a map or program.
     #[error("the kernel object has no {0}")]
     Missing(&'static str),
@@ -179,11 +199,13 @@ pub enum DatapathError {
         #[source]
         source: MapError,
     },
-    /// Flows cannot be read.
-    #[error("failed to read map {map}")]
+    /// A map refuses many entries at once.
+    #[error("map {map} refused to {what}")]
     Batch {
         /// Which map.
         map: &'static str,
+        /// What was tried.
+        what: &'static str,
         /// Why.
         #[source]
         source: io::Error,

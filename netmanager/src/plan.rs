@@ -1,23 +1,32 @@
 //! What the kernel's maps should hold, what they hold, and the writes between the two.
 //!
 //! ```text
-//!  table, endpoints, sight --desired()--> KernelState --diff(have, want)--> [Op] --Datapath--> maps
+//!  table, endpoints, sight --Planner--> KernelState --diff(have, want)--> [Op] --Datapath--> maps
 //! ```
 //!
-//! Nothing here does I/O or reads a clock. The invariant (I4): applying `diff(a, b)` to `a` gives `b`, and
-//! then the difference is empty. The order of the writes is part of the result: a VIP never points at a run
-//! or a backend that is not there yet, and a backend loses its flows only after the VIPs have left it.
+//! The [`Planner`] plans again only the services that changed and notes which entries it touched, so that the
+//! cost of a change does not grow with the table. Nothing here does I/O or reads a clock. The invariant (I4):
+//! applying `diff(a, b)` to `a` gives `b`, and then the difference is empty. The order of the writes is part
+//! of the result: a VIP never points at a run or a backend that is not there yet, and a backend loses its flows
+//! only after the VIPs have left it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use ebpf_common::layout::{self, Addr, VipKey};
 
 mod counters;
 mod desired;
-mod memory;
+mod indexes;
+mod planner;
+mod runs;
 
-pub use desired::{Inputs, NodeEndpoint, PodEndpoint, TunnelDevice, desired};
-pub use memory::{Capacity, DEAD_REST, Memory, RUN_REST, Shortage};
+pub use desired::{Inputs, NodeEndpoint, PodEndpoint, TunnelDevice};
+pub use indexes::DEAD_REST;
+pub use planner::{Capacity, Planner, Shortage};
+pub use runs::RUN_REST;
 
 /// The content of every map that user space writes; flows and counters belong to the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,6 +65,14 @@ pub enum Op {
 }
 
 impl Op {
+    /// The write that makes a run so.
+    fn run(base: u32, had: Option<&Vec<u32>>, slots: Option<&Vec<u32>>) -> Self {
+        match slots {
+            Some(slots) => Self::Run(base, slots.clone()),
+            None => Self::DropRun(base, had.map_or(0, |slots| slots.len() as u32)),
+        }
+    }
+
     /// When this write may happen, in relation to the others of one difference.
     fn rank(&self) -> u8 {
         match self {
@@ -80,39 +97,105 @@ pub fn diff(have: &KernelState, want: &KernelState) -> Vec<Op> {
     if have.config != want.config {
         ops.push(Op::Config(want.config));
     }
-    changes(&have.endpoints, &want.endpoints, |key, value| {
+    merge(&have.endpoints, &want.endpoints, |key, _, value| {
         ops.push(Op::Endpoint(*key, value.copied()));
     });
-    changes(&have.local, &want.local, |key, value| {
-        ops.push(Op::Local(*key, value.copied()))
+    merge(&have.local, &want.local, |key, _, value| {
+        ops.push(Op::Local(*key, value.copied()));
     });
-    changes(&have.vips, &want.vips, |key, value| {
-        ops.push(Op::Vip(*key, value.copied()))
+    merge(&have.vips, &want.vips, |key, _, value| {
+        ops.push(Op::Vip(*key, value.copied()));
     });
-    changes(&have.backends, &want.backends, |key, value| {
+    merge(&have.backends, &want.backends, |key, _, value| {
         ops.push(Op::Backend(*key, value.copied()));
     });
-    changes(&have.runs, &want.runs, |key, value| {
-        ops.push(match (value, have.runs.get(key)) {
-            (Some(slots), _) => Op::Run(*key, slots.clone()),
-            (None, had) => Op::DropRun(*key, had.map_or(0, |slots| slots.len() as u32)),
-        });
+    merge(&have.runs, &want.runs, |key, had, value| {
+        ops.push(Op::run(*key, had, value));
     });
     ops.sort_by_key(Op::rank);
     ops
 }
 
-/// Calls `change` for every key whose value differs, with the value that it should have.
-fn changes<K: Ord, V: PartialEq>(
+/// Calls `change` for every key whose value differs, with the value that it has and the one it should have.
+fn merge<K: Ord, V: PartialEq>(
     have: &BTreeMap<K, V>,
     want: &BTreeMap<K, V>,
-    mut change: impl FnMut(&K, Option<&V>),
+    mut change: impl FnMut(&K, Option<&V>, Option<&V>),
 ) {
-    let keys: BTreeSet<&K> = have.keys().chain(want.keys()).collect();
+    let (mut have, mut want) = (have.iter().peekable(), want.iter().peekable());
+    loop {
+        let order = match (have.peek(), want.peek()) {
+            (None, None) => return,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((a, _)), Some((b, _))) => a.cmp(b),
+        };
+        let had = if order.is_le() { have.next() } else { None };
+        let wanted = if order.is_ge() { want.next() } else { None };
+        let (had_value, value) = (had.map(|(_, v)| v), wanted.map(|(_, v)| v));
+        if had_value != value
+            && let Some((key, _)) = had.or(wanted)
+        {
+            change(key, had_value, value);
+        }
+    }
+}
+
+/// Entries that may differ between what is and what should be.
+#[derive(Clone, Debug, Default)]
+struct Touched {
+    endpoints: BTreeSet<u32>,
+    local: BTreeSet<Addr>,
+    vips: BTreeSet<VipKey>,
+    runs: BTreeSet<u32>,
+    backends: BTreeSet<u32>,
+}
+
+impl Touched {
+    /// [`diff`] of two states that are the same but for these entries and `CONFIG`.
+    fn diff(&self, have: &KernelState, want: &KernelState) -> Vec<Op> {
+        let mut ops = Vec::new();
+        if have.config != want.config {
+            ops.push(Op::Config(want.config));
+        }
+        changes(
+            &self.endpoints,
+            (&have.endpoints, &want.endpoints),
+            |key, _, value| {
+                ops.push(Op::Endpoint(*key, value.copied()));
+            },
+        );
+        changes(&self.local, (&have.local, &want.local), |key, _, value| {
+            ops.push(Op::Local(*key, value.copied()));
+        });
+        changes(&self.vips, (&have.vips, &want.vips), |key, _, value| {
+            ops.push(Op::Vip(*key, value.copied()));
+        });
+        changes(
+            &self.backends,
+            (&have.backends, &want.backends),
+            |key, _, value| {
+                ops.push(Op::Backend(*key, value.copied()));
+            },
+        );
+        changes(&self.runs, (&have.runs, &want.runs), |key, had, value| {
+            ops.push(Op::run(*key, had, value));
+        });
+        ops.sort_by_key(Op::rank);
+        ops
+    }
+}
+
+/// [`merge`] over some keys only.
+fn changes<K: Ord, V: PartialEq>(
+    keys: &BTreeSet<K>,
+    (have, want): (&BTreeMap<K, V>, &BTreeMap<K, V>),
+    mut change: impl FnMut(&K, Option<&V>, Option<&V>),
+) {
     for key in keys {
-        let wanted = want.get(key);
-        if have.get(key) != wanted {
-            change(key, wanted);
+        let (had, wanted) = (have.get(key), want.get(key));
+        if had != wanted {
+            change(key, had, wanted);
         }
     }
 }

@@ -36,6 +36,9 @@ pub trait Tunnels: Send {
     /// peers are gone.
     fn ensure(&mut self) -> impl Future<Output = Result<Device, TunnelsError>> + Send;
 
+    /// The device's MTU from the next [`Tunnels::ensure`] on.
+    fn set_mtu(&mut self, mtu: u16);
+
     /// Makes the device's peers those of `want`; returns what was changed.
     fn apply(
         &mut self,

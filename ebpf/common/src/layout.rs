@@ -109,6 +109,11 @@ impl Addr {
     }
 }
 
+/// Packets that would begin a flow wait, while flows are moved to other maps.
+pub const CONFIG_HOLD_NEW: u32 = 1 << 0;
+/// Packets that belong to no known flow wait, while the last flows are brought from older maps.
+pub const CONFIG_HOLD_UNKNOWN: u32 = 1 << 1;
+
 /// What the mesh and this node are. One element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(C)]
@@ -131,10 +136,10 @@ pub struct Config {
     pub tunnel_ifindex: u32,
     /// The largest inner packet (L3 bytes) the tunnel device takes; 0 while there is none.
     pub tunnel_mtu: u32,
-    /// Zero: no `CONFIG_...` flag is defined yet.
+    /// `CONFIG_...` flags.
     pub flags: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Nothing waits from this second of kernel monotonic time on.
+    pub hold_until_s: u32,
 }
 
 /// Delivery of this endpoint is a plain redirect to `ifindex` (the node endpoint); else redirect to its peer.

@@ -63,6 +63,8 @@ reasons! {
     HopLimit = 19 "hop_limit";
     /// Larger than the path to the backend carries.
     TooBig = 20 "too_big";
+    /// It waits, in its link's queue, until a take-over has moved the flows.
+    Held = 21 "held";
 }
 
 #[cfg(test)]

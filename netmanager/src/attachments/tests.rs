@@ -36,6 +36,19 @@ fn wish(container: &str) -> Reserve {
 }
 
 #[test]
+fn a_node_that_lost_its_state_begins_after_every_number_it_can_have_given() {
+    let mut attachments = Attachments::default();
+    attachments.raise_numbers(7);
+    attachments.begin_anew((EPOCH_S + 3_600) * 1_000);
+    assert_eq!(attachments.last_number, 3_600);
+    attachments.begin_anew(0);
+    assert_eq!(
+        attachments.last_number, 3_600,
+        "a clock that was set back lowers nothing"
+    );
+}
+
+#[test]
 fn the_same_key_gets_the_same_answer() {
     let table = table(&["10.16.0.0/27"]);
     let mut attachments = Attachments::default();

@@ -22,7 +22,7 @@ impl Node {
         }
         let node = &self.parts.settings.node;
         let names = Arc::new(match &self.table {
-            Some(table) => Names::of(node, table, &self.have, &self.attachments),
+            Some(table) => Names::of(node, table, self.planner.have(), &self.attachments),
             None => Names {
                 node: node.clone(),
                 ..Names::default()
@@ -34,7 +34,7 @@ impl Node {
 
     /// Entries in use, of the maps that user space fills.
     pub(super) fn map_entries(&self) -> BTreeMap<&'static str, u64> {
-        let have = &self.have;
+        let have = self.planner.have();
         let slots = have.runs.values().map(|run| run.len() as u64).sum();
         BTreeMap::from([
             ("ENDPOINTS", have.endpoints.len() as u64),

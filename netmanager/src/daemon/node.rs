@@ -7,11 +7,14 @@ use std::{
     time::Duration,
 };
 
-use netmanager_api::{stream::InstanceRef, table::Table};
+use netmanager_api::{
+    stream::InstanceRef,
+    table::{Revision, Table},
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{DaemonError, Settings, monotonic, tunnels::Carrier, wall_ms};
+use super::{DaemonError, Settings, monotonic, prefixes::without_ipv4, tunnels::Carrier, wall_ms};
 use crate::{
     attachments::{AttachError, Attachments},
     datapath::{BpfDatapath, Datapath, DatapathError, FlowTable, Hook},
@@ -20,15 +23,18 @@ use crate::{
     links::{Links, LinksError, NodeWish},
     metrics::Gauges,
     observe::Names,
-    plan::{self, Inputs, KernelState, Memory, NodeEndpoint, Shortage, TunnelDevice},
+    plan::{Inputs, NodeEndpoint, Planner, Shortage, TunnelDevice},
     policy::Sight,
     probe::{Observed, Probes},
     routes::Collision,
     store::{Store, StoreError},
+    tunnel::mtu_over,
 };
 
 const TABLE_FILE: &str = "table.json";
 const SIGHT_FILE: &str = "sight.json";
+/// The revision of the table that the kernel was made to match last.
+const APPLIED_FILE: &str = "applied.json";
 pub(super) const ATTACHMENTS_FILE: &str = "attachments.json";
 /// Every so many ticks everything is looked at again, changed or not.
 const RESYNC_TICKS: u64 = 30;
@@ -37,7 +43,9 @@ const RESYNC_TICKS: u64 = 30;
 pub(super) struct Parts {
     pub(super) datapath: BpfDatapath,
     pub(super) links: Links,
-    pub(super) store: Store,
+    pub(super) store: Arc<Store>,
+    /// Takes the tables that are to be kept on disk.
+    pub(super) tables: watch::Sender<Option<Arc<Table>>>,
     pub(super) mtu: u32,
     pub(super) underlay: Vec<IpAddr>,
     pub(super) tunnel: Carrier,
@@ -55,10 +63,13 @@ pub(super) struct Node {
     received: Option<Arc<Table>>,
     /// The table as this node forwards by it: without IPv4 where that collides here.
     pub(super) table: Option<Arc<Table>>,
+    /// Whether that is so.
+    is_only6: bool,
+    /// Whether the numbers that were given are known; else a table tells the least.
+    has_numbers: bool,
     /// Why the table or the attachments are not in the kernel; `None` when they are.
     pub(super) trouble: Option<String>,
-    memory: Memory,
-    pub(super) have: KernelState,
+    pub(super) planner: Planner,
     /// The node endpoint, while nothing happened that may have changed it.
     endpoint: Option<NodeEndpoint>,
     pub(super) sight: Sight,
@@ -95,22 +106,32 @@ impl Node {
     /// Takes over what is in the kernel and on disk, and forwards with it.
     pub(super) async fn restore(parts: Parts) -> Result<Self, DaemonError> {
         let have = parts.datapath.state()?;
-        let memory = Memory::adopt(parts.datapath.capacity(), &have, monotonic());
-        let mut attachments: Attachments = parts.store.load(ATTACHMENTS_FILE)?.unwrap_or_default();
+        let saved: Option<Attachments> = parts.store.load(ATTACHMENTS_FILE)?;
+        let is_new = saved.is_none();
+        let is_lost = is_new
+            && (!have.endpoints.is_empty() || parts.store.has_any(&[TABLE_FILE, SIGHT_FILE]));
+        let mut attachments = saved.unwrap_or_default();
+        if is_lost {
+            tracing::warn!("the attachments are lost: numbers go on after all that were given");
+            attachments.begin_anew(wall_ms());
+        }
+        if is_new {
+            parts.store.save(ATTACHMENTS_FILE, &attachments)?;
+        }
         for endpoint in have.endpoints.values() {
             attachments.raise_numbers(endpoint.number);
         }
-        let received: Option<Table> = parts.store.load(TABLE_FILE)?;
-        if let Some(table) = &received {
-            tracing::info!(revision = ?table.revision, "going on with the last table");
-        }
+        let has_numbers = !is_new;
+        let planner = Planner::adopt(parts.datapath.capacity()?, have, monotonic());
+        let received = saved_table(&parts.store, planner.have().config.is_some())?;
         let mut node = Self {
             attachments,
             received: received.map(Arc::new),
             table: None,
+            is_only6: false,
+            has_numbers,
             trouble: None,
-            memory,
-            have,
+            planner,
             endpoint: None,
             sight: parts.store.load(SIGHT_FILE)?.unwrap_or_default(),
             reached: BTreeSet::new(),
@@ -135,7 +156,7 @@ impl Node {
                 tracing::debug!(revision = ?table.revision, "ignored an older table");
                 return;
             }
-            Some(have) if **have == table => return,
+            Some(have) if have.revision == table.revision && **have == table => return,
             _ => {}
         }
         tracing::info!(
@@ -144,30 +165,82 @@ impl Node {
             peers = table.peers.len(),
             "took a table"
         );
-        if let Err(error) = self.parts.store.save(TABLE_FILE, &table) {
-            // Forwarding by it matters more; a reboot would start with the one before.
-            tracing::error!(error = chain(&error), "failed to keep the table on disk");
-        }
-        let is_moved = self.received.as_ref().is_some_and(|have| {
+        self.know_numbers(&table);
+        let table = Arc::new(table);
+        let before = self.received.replace(table.clone());
+        let is_moved = before.as_ref().is_some_and(|have| {
             (have.mesh.prefix6, have.node.number) != (table.mesh.prefix6, table.node.number)
         });
         if is_moved {
             self.probes = None; // They are sent from an address that is no more.
         }
-        self.received = Some(Arc::new(table));
-        self.table.clone_from(&self.received);
-        self.endpoint = None;
+        if before.is_none_or(|have| (&have.mesh, &have.node) != (&table.mesh, &table.node)) {
+            self.endpoint = None;
+        }
+        self.table = Some(if self.is_only6 {
+            Arc::new(without_ipv4(&table))
+        } else {
+            table.clone()
+        });
+        self.keep_table(table);
         self.census = None;
         self.table_since = Some(monotonic());
         self.janitor.restart();
         self.reconcile().await;
     }
 
-    /// Links or addresses changed: somebody may have gone, or the node endpoint may have lost something.
+    /// Has the table written to disk. That takes as long as the table is large, and forwarding by it does not wait:
+    /// what is noted at once is only which table that will be.
+    fn keep_table(&self, table: Arc<Table>) {
+        if let Err(error) = self.parts.store.note(APPLIED_FILE, &table.revision) {
+            tracing::error!(error = chain(&error), "failed to note the table's revision");
+        }
+        self.parts.tables.send_replace(Some(table));
+    }
+
+    /// The state on disk was lost: the numbers that the leads still know were given.
+    fn know_numbers(&mut self, table: &Table) {
+        if std::mem::replace(&mut self.has_numbers, true) {
+            return;
+        }
+        let backends = table.services.iter().flat_map(|service| &service.backends);
+        for backend in backends.filter(|backend| backend.node == table.node.number) {
+            self.attachments
+                .raise_numbers(backend.addr6.to_bits() as u32);
+        }
+    }
+
+    /// Links or addresses changed: somebody may have gone, the node endpoint may have lost something, or the
+    /// underlay may carry larger or smaller packets.
     pub(super) async fn links_changed(&mut self) {
         self.endpoint = None;
+        self.follow_mtu().await;
         self.collect_garbage().await;
         self.reconcile().await;
+    }
+
+    /// Takes the underlay's MTU as it is now; pods that are attached keep theirs, and are told of what is too big.
+    async fn follow_mtu(&mut self) {
+        let address = self.parts.settings.underlay.first().copied();
+        let found = match self.parts.links.underlay_mtu(address).await {
+            Ok(mtu) => u32::from(mtu_over(mtu)),
+            Err(error) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "failed to ask for the underlay's MTU"
+                );
+                return;
+            }
+        };
+        if found != self.parts.mtu {
+            tracing::info!(
+                from = self.parts.mtu,
+                to = found,
+                "the underlay's MTU changed"
+            );
+            self.parts.mtu = found;
+            self.parts.tunnel.set_mtu(found as u16);
+        }
     }
 
     /// Takes what the probes found.
@@ -203,7 +276,7 @@ impl Node {
                 tracing::warn!(error = chain(&error), "failed to keep the round-trip times");
             }
         }
-        if is_resync || self.trouble.is_some() || self.memory.is_resting() {
+        if is_resync || self.trouble.is_some() || self.planner.is_resting() {
             self.reconcile().await;
         } else {
             self.publish();
@@ -217,16 +290,17 @@ impl Node {
             Some(received) => self.reconcile_with(&received).await,
             None => Ok(()),
         };
+        let is_doubtful = matches!(&result, Err(ReconcileError::Datapath(_)));
         let trouble = result.err().map(|error| chain(&error));
         if let Some(error) = trouble.as_ref().filter(|_| trouble != self.trouble) {
             tracing::error!(%error, "the kernel does not match the table");
         } else if trouble.is_none() && self.trouble.is_some() {
             tracing::info!("the kernel matches the table again");
         }
-        if trouble.is_some() {
+        if is_doubtful {
             // What was written before the error is not known exactly: read it back.
             match self.parts.datapath.state() {
-                Ok(state) => self.have = state,
+                Ok(state) => self.planner.read_back(state),
                 Err(error) => tracing::error!(error = chain(&error), "failed to read the maps"),
             }
         }
@@ -250,13 +324,13 @@ impl Node {
             tunnel: self.tunnel(),
             quota: self.parts.settings.quota,
         };
-        let want = plan::desired(&inputs, &mut self.memory, monotonic())?;
-        let (vips, backends) = self.memory.take_given();
+        let planned = self.planner.plan(&inputs, monotonic());
+        let (vips, backends) = self.planner.take_given();
         self.parts.datapath.reset_counts(&vips, &backends)?;
-        for op in plan::diff(&self.have, &want) {
-            self.parts.datapath.apply(&op)?;
-            self.have.apply(&op);
-        }
+        let writes = self.planner.writes();
+        self.parts.datapath.apply(&writes)?;
+        self.planner.wrote(&writes);
+        planned?;
         let revision = table.revision;
         self.parts.outbox.send_if_modified(|outbox| {
             let is_new = outbox.applied != Some(revision);
@@ -289,6 +363,7 @@ impl Node {
             addr6,
             addr4,
         };
+        self.is_only6 = table.mesh.prefix4 != received.mesh.prefix4;
         self.table = Some(table);
         let endpoint = self.parts.links.ensure_node(&wish).await?;
         self.endpoint = Some(endpoint.clone());
@@ -303,7 +378,8 @@ impl Node {
                 mtu: device.mtu,
             }),
             None => self
-                .have
+                .planner
+                .have()
                 .config
                 .filter(|config| config.tunnel_ifindex != 0)
                 .map(|config| TunnelDevice {
@@ -331,5 +407,43 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+/// The table on disk. Where the kernel forwards by a newer one, whose writing was cut short, there is none: going
+/// back would bring dead backends to life; the agent has the newer one.
+fn saved_table(store: &Store, is_forwarding: bool) -> Result<Option<Table>, StoreError> {
+    let table: Option<Table> = store.load(TABLE_FILE)?;
+    let applied: Option<Revision> = store.load(APPLIED_FILE)?;
+    let Some(table) = table else {
+        return Ok(None);
+    };
+    if is_forwarding && applied.is_some_and(|applied| applied > table.revision) {
+        tracing::warn!(
+            ?applied,
+            on_disk = ?table.revision,
+            "the kernel forwards by a newer table than the one on disk: waiting for the next"
+        );
+        return Ok(None);
+    }
+    tracing::info!(revision = ?table.revision, "going on with the last table");
+    Ok(Some(table))
+}
+
+/// Writes the tables to disk that come in, the newest where they come faster, until nobody sends any.
+pub(super) async fn keep_tables(
+    store: Arc<Store>,
+    mut tables: watch::Receiver<Option<Arc<Table>>>,
+) {
+    while tables.changed().await.is_ok() {
+        let Some(table) = tables.borrow_and_update().clone() else {
+            continue;
+        };
+        let store = store.clone();
+        let saved = tokio::task::spawn_blocking(move || store.save(TABLE_FILE, &*table)).await;
+        if let Ok(Err(error)) = saved {
+            // Forwarding by it matters more; a reboot would start with the one before.
+            tracing::error!(error = chain(&error), "failed to keep the table on disk");
+        }
     }
 }

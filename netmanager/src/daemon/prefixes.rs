@@ -15,7 +15,7 @@ impl Node {
         &self,
         received: &Arc<Table>,
     ) -> Result<Arc<Table>, ReconcileError> {
-        let mut own: Vec<u32> = self.have.endpoints.keys().copied().collect();
+        let mut own: Vec<u32> = self.planner.have().endpoints.keys().copied().collect();
         own.extend(self.parts.tunnel.device().map(|device| device.ifindex));
         let (name, peer) = &self.parts.settings.endpoint_names;
         for link in [name, peer] {
@@ -52,7 +52,7 @@ impl Node {
 }
 
 /// The table as a node without IPv4 has it.
-fn without_ipv4(table: &Table) -> Table {
+pub(super) fn without_ipv4(table: &Table) -> Table {
     let mut table = table.clone();
     table.mesh.prefix4 = None;
     for service in &mut table.services {

@@ -34,7 +34,10 @@ impl Node {
             PAGES
         };
         for _ in 0..pages {
-            match self.janitor.step(&self.have.backends, monotonic()) {
+            match self
+                .janitor
+                .step(&self.planner.have().backends, monotonic())
+            {
                 Ok(None) => {}
                 Ok(Some(census)) => {
                     self.parts.gauges.send_modify(|gauges| {
@@ -109,12 +112,7 @@ impl Node {
             .filter(|(_, backend)| backend.state == BackendState::Draining)
             .map(|(service, backend)| {
                 let addr = Addr::from_v6(backend.addr6.to_bits());
-                let held = self
-                    .have
-                    .backends
-                    .iter()
-                    .find(|(_, held)| held.addr6 == addr);
-                (instance_of(service, backend), held.map(|(index, _)| *index))
+                (instance_of(service, backend), self.planner.index_of(addr))
             })
     }
 
@@ -145,7 +143,7 @@ impl Node {
         let applied = self.parts.outbox.borrow().applied;
         self.parts.gauges.send_modify(|gauges| {
             gauges.endpoints = endpoints.len() as u64;
-            gauges.vips = self.have.vips.len() as u64;
+            gauges.vips = self.planner.have().vips.len() as u64;
             gauges.applied = applied.unwrap_or_default();
             gauges.table_since = self.table_since;
             gauges.has_trouble = self.trouble.is_some();

@@ -41,6 +41,7 @@ pub(super) struct Carried {
 /// The node's end of the keeper.
 pub(super) struct Carrier {
     wanted: watch::Sender<Option<Arc<Table>>>,
+    mtu: watch::Sender<u16>,
     carried: watch::Receiver<Carried>,
     /// Peers that were waited for in vain; they are not waited for again.
     late: Vec<Peer>,
@@ -57,8 +58,16 @@ impl Carrier {
         self.carried.clone()
     }
 
+    /// The device's MTU from now on.
+    pub(super) fn set_mtu(&self, mtu: u16) {
+        self.mtu.send_replace(mtu);
+    }
+
     /// Makes the peers of `table` known beside those that are; returns when they are, or after [`PATIENCE`].
     pub(super) async fn carry(&mut self, table: &Arc<Table>) {
+        if self.carried.borrow().peers == table.peers {
+            return;
+        }
         let known = self.carried.borrow().peers.clone();
         let is_known = |peer: &Peer| known.contains(peer) || self.late.contains(peer);
         if table.peers.iter().all(is_known) {
@@ -109,6 +118,7 @@ pub(super) fn spawn(
         program: PathBuf::from("/proc/self/exe"),
     })?;
     let (wanted, wanting) = watch::channel(None);
+    let (mtu, mtus) = watch::channel(mtu);
     let (sender, carried) = watch::channel(Carried::default());
     let keeper = Keeper {
         tunnels,
@@ -116,9 +126,10 @@ pub(super) fn spawn(
         carried: sender,
         trouble: None,
     };
-    tasks.spawn(keeper.run(wanting, shutdown));
+    tasks.spawn(keeper.run(wanting, mtus, shutdown));
     Ok(Carrier {
         wanted,
+        mtu,
         carried,
         late: Vec::new(),
     })
@@ -136,10 +147,12 @@ impl<T: Tunnels> Keeper<T> {
     async fn run(
         mut self,
         mut wanting: watch::Receiver<Option<Arc<Table>>>,
+        mut mtus: watch::Receiver<u16>,
         shutdown: CancellationToken,
     ) {
         loop {
             let table = wanting.borrow_and_update().clone();
+            self.tunnels.set_mtu(*mtus.borrow_and_update());
             self.is_needed |= table.as_ref().is_some_and(|table| !table.peers.is_empty());
             if self.is_needed {
                 let trouble = match self.ensure(table.as_deref()).await {
@@ -155,6 +168,7 @@ impl<T: Tunnels> Keeper<T> {
             tokio::select! {
                 // Looked at again after a while, changed or not.
                 changed = timeout(LOOK, wanting.changed()) => if let Ok(Err(_)) = changed { return },
+                Ok(()) = mtus.changed() => {}
                 () = shutdown.cancelled() => return,
             }
         }

@@ -1,23 +1,29 @@
-//! Reads a flow map in bounded steps, one system call per step (`BPF_MAP_LOOKUP_BATCH`, since Linux 5.6).
+//! Many entries of a map by one system call (`BPF_MAP_LOOKUP_BATCH`, `BPF_MAP_UPDATE_BATCH`, since Linux 5.6).
 //!
-//! A walk that goes key by key costs two system calls per flow and starts over when its key is deleted; the
-//! batch goes by hash bucket and does not mind. Flows that come or go meanwhile may be missed or seen twice.
+//! A walk that goes key by key costs two system calls per entry and starts over when its key is deleted; the
+//! batch goes by hash bucket, or by index, and does not mind. Entries that come or go meanwhile may be missed or
+//! seen twice.
 
 use std::{
     io,
+    marker::PhantomData,
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd},
     path::Path,
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::{MapData, MapError};
 use ebpf_common::layout::{Flow, FlowKey};
 
-use super::{DatapathError, raw::Raw};
+use super::{DatapathError, object::map_error, raw::Raw};
 use crate::janitor::{FlowSource, Page};
 
 /// `enum bpf_cmd` in `linux/bpf.h`.
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
-/// Flows per step; a bucket's chain must fit.
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+/// Entries per step; a bucket's chain must fit.
 const STEP: usize = 1_024;
 
 /// `union bpf_attr`, the part for batches.
@@ -33,44 +39,93 @@ struct BatchAttr {
     flags: u64,
 }
 
-/// One of the two flow maps.
-pub struct FlowTable {
-    name: &'static str,
-    map: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
-    /// The same map again: a typed map does not lend its file descriptor.
-    data: MapData,
-    /// Where the walk goes on; `None` is at the start.
-    at: Option<u32>,
+/// `union bpf_attr`, the part for single elements.
+#[repr(C)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
 }
 
-impl FlowTable {
+/// What an update does with an entry that is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Existing {
+    /// Replaces it.
+    Replace,
+    /// Leaves it.
+    Keep,
+}
+
+/// Some entries of a walk, and the token of those after them; `None` at the end.
+type Entries<K, V> = (Vec<(K, V)>, Option<u32>);
+
+/// A hash map or array, by many entries at once.
+#[derive(Debug)]
+pub(super) struct Batch<K, V> {
+    name: &'static str,
+    data: MapData,
+    entry: PhantomData<(K, V)>,
+}
+
+impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
+    /// Opens a pinned map.
     pub(super) fn open(name: &'static str, path: &Path) -> Result<Self, DatapathError> {
-        let failed = |source| DatapathError::Map {
-            map: name,
-            what: "open",
-            source,
-        };
-        let data = MapData::from_pin(path).map_err(failed)?;
-        let map = MapData::from_pin(path)
-            .and_then(Map::from_map_data)
-            .and_then(HashMap::try_from)
-            .map_err(failed)?;
+        MapData::from_pin(path)
+            .map_err(|source| map_error(name, "open", source))
+            .and_then(|data| Self::new(name, data))
+    }
+
+    /// Refuses a map whose keys and values are of other sizes.
+    pub(super) fn new(name: &'static str, data: MapData) -> Result<Self, DatapathError> {
+        let info = data
+            .info()
+            .map_err(|source| map_error(name, "open", source))?;
+        let (key, value) = (size_of::<K>(), size_of::<V>());
+        if info.key_size() as usize != key {
+            let size = info.key_size() as usize;
+            let source = MapError::InvalidKeySize {
+                size,
+                expected: key,
+            };
+            return Err(map_error(name, "open", source));
+        }
+        if info.value_size() as usize != value {
+            let size = info.value_size() as usize;
+            let source = MapError::InvalidValueSize {
+                size,
+                expected: value,
+            };
+            return Err(map_error(name, "open", source));
+        }
         Ok(Self {
             name,
-            map,
             data,
-            at: None,
+            entry: PhantomData,
         })
     }
 
-    fn lookup(&mut self) -> io::Result<Page> {
-        let mut keys = vec![FlowKey::default(); STEP];
-        let mut values = vec![Flow::default(); STEP];
-        let from = self.at.unwrap_or(0);
+    /// How many entries it holds at most.
+    pub(super) fn capacity(&self) -> Result<u32, DatapathError> {
+        self.data
+            .info()
+            .map(|info| info.max_entries())
+            .map_err(|source| map_error(self.name, "be asked", source))
+    }
+
+    fn fd(&self) -> u32 {
+        self.data.fd().as_fd().as_raw_fd() as u32
+    }
+
+    /// The next entries after the token `at`.
+    fn page(&self, at: Option<u32>) -> io::Result<Entries<K, V>> {
+        let mut keys: Vec<K> = Vec::with_capacity(STEP);
+        let mut values: Vec<V> = Vec::with_capacity(STEP);
+        let from = at.unwrap_or(0);
         let mut next = 0u32;
-        let fd = self.data.fd().as_fd().as_raw_fd();
         let mut attr = BatchAttr {
-            in_batch: if self.at.is_some() {
+            in_batch: if at.is_some() {
                 (&raw const from) as u64
             } else {
                 0
@@ -79,13 +134,13 @@ impl FlowTable {
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: STEP as u32,
-            map_fd: fd as u32,
+            map_fd: self.fd(),
             elem_flags: 0,
             flags: 0,
         };
         // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; the four pointers are to
-        // buffers of this frame, of at least `count` keys and values of the map's own sizes (checked when it
-        // was opened) and of one u32 token each, which is what hash maps use; the fd is open.
+        // buffers of this frame with room for `count` keys and values of the map's own sizes (checked when it
+        // was opened), and to one u32 token each, which is what hash maps and arrays use; the fd is open.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,
@@ -98,44 +153,192 @@ impl FlowTable {
         let is_last = match error {
             None => false,
             Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Some(error) => {
-                self.at = None;
-                return Err(error);
-            }
+            Some(error) => return Err(error),
         };
-        self.at = (!is_last).then_some(next);
         let count = (attr.count as usize).min(STEP);
-        keys.truncate(count);
-        values.truncate(count);
-        Ok(Page {
-            flows: keys.into_iter().zip(values).collect(),
-            is_last,
+        // SAFETY: the kernel wrote `count` keys and values, which are plain bytes (`Pod`), and says so.
+        unsafe {
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        let entries = keys.into_iter().zip(values).collect();
+        Ok((entries, (!is_last).then_some(next)))
+    }
+
+    /// Calls `take` with every entry.
+    pub(super) fn each(&self, mut take: impl FnMut(K, V)) -> Result<(), DatapathError> {
+        let mut at = None;
+        loop {
+            let (entries, next) = self.page(at).map_err(|source| DatapathError::Batch {
+                map: self.name,
+                what: "be read",
+                source,
+            })?;
+            for (key, value) in entries {
+                take(key, value);
+            }
+            if next.is_none() {
+                return Ok(());
+            }
+            at = next;
+        }
+    }
+
+    /// Writes entries; gives how many were left because they were there.
+    pub(super) fn put(
+        &self,
+        keys: &[K],
+        values: &[V],
+        existing: Existing,
+    ) -> Result<usize, DatapathError> {
+        let (mut done, mut kept) = (0, 0);
+        let length = keys.len().min(values.len());
+        while done < length {
+            let (keys, values) = (&keys[done..length], &values[done..length]);
+            let mut attr = BatchAttr {
+                in_batch: 0,
+                out_batch: 0,
+                keys: keys.as_ptr() as u64,
+                values: values.as_ptr() as u64,
+                count: keys.len() as u32,
+                map_fd: self.fd(),
+                // BPF_ANY, BPF_NOEXIST.
+                elem_flags: u64::from(existing == Existing::Keep),
+                flags: 0,
+            };
+            // SAFETY: as in `page`; the kernel only reads `count` keys and values, which the slices hold.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_bpf,
+                    BPF_MAP_UPDATE_BATCH,
+                    &raw mut attr,
+                    size_of::<BatchAttr>(),
+                )
+            };
+            let error = (result < 0).then(io::Error::last_os_error);
+            match error {
+                None => return Ok(kept),
+                // The one at `count` was refused, because it is there.
+                Some(error)
+                    if existing == Existing::Keep && error.raw_os_error() == Some(libc::EEXIST) =>
+                {
+                    kept += 1;
+                    done += attr.count as usize + 1;
+                }
+                Some(source) => {
+                    return Err(DatapathError::Batch {
+                        map: self.name,
+                        what: "take entries",
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(kept)
+    }
+
+    /// The value of `key`.
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, DatapathError> {
+        let mut value = MaybeUninit::<V>::uninit();
+        let mut attr = ElementAttr {
+            map_fd: self.fd(),
+            pad: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value: value.as_mut_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; key and value are of the
+        // map's own sizes (checked when it was opened); the fd is open.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_LOOKUP_ELEM,
+                &raw mut attr,
+                size_of::<ElementAttr>(),
+            )
+        };
+        let error = (result < 0).then(io::Error::last_os_error);
+        match error {
+            // SAFETY: the kernel wrote all of it, and it is plain bytes (`Pod`).
+            None => Ok(Some(unsafe { value.assume_init() })),
+            Some(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Some(source) => Err(DatapathError::Batch {
+                map: self.name,
+                what: "be read",
+                source,
+            }),
+        }
+    }
+
+    /// Removes an entry; one that is not there is removed already.
+    pub(super) fn remove(&self, key: &K) -> Result<(), DatapathError> {
+        let mut attr = ElementAttr {
+            map_fd: self.fd(),
+            pad: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value: 0,
+            flags: 0,
+        };
+        // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; the key is of the map's
+        // own size (checked when it was opened) and is only read; the fd is open.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_DELETE_ELEM,
+                &raw mut attr,
+                size_of::<ElementAttr>(),
+            )
+        };
+        let error = (result < 0).then(io::Error::last_os_error);
+        match error {
+            Some(source) if source.raw_os_error() != Some(libc::ENOENT) => {
+                Err(DatapathError::Batch {
+                    map: self.name,
+                    what: "remove an entry",
+                    source,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One of the two flow maps.
+pub struct FlowTable {
+    map: Batch<Raw<FlowKey>, Raw<Flow>>,
+    /// Where the walk goes on; `None` is at the start.
+    at: Option<u32>,
+}
+
+impl FlowTable {
+    pub(super) fn open(name: &'static str, path: &Path) -> Result<Self, DatapathError> {
+        Ok(Self {
+            map: Batch::open(name, path)?,
+            at: None,
         })
     }
 }
 
 impl FlowSource for FlowTable {
     fn next_page(&mut self) -> Result<Page, DatapathError> {
-        self.lookup().map_err(|source| DatapathError::Batch {
-            map: self.name,
+        let page = self.map.page(self.at.take());
+        let (flows, next) = page.map_err(|source| DatapathError::Batch {
+            map: self.map.name,
+            what: "be read",
             source,
+        })?;
+        self.at = next;
+        Ok(Page {
+            flows: flows
+                .into_iter()
+                .map(|(key, flow)| (key.0, flow.0))
+                .collect(),
+            is_last: next.is_none(),
         })
     }
 
     fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError> {
-        match self.map.remove(&Raw(*key)) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
-            {
-                Ok(())
-            }
-            Err(source) => Err(DatapathError::Map {
-                map: self.name,
-                what: "remove a flow",
-                source,
-            }),
-        }
+        self.map.remove(&Raw(*key))
     }
 
     fn rewind(&mut self) {

@@ -1,44 +1,39 @@
 //! [`Datapath`] over pinned eBPF maps and programs.
 //!
 //! ```text
-//!  <bpffs>/v<LAYOUT_VERSION>/maps/NAME          every map; kept by name, whoever runs
-//!                           /programs/NAME      the dispatchers, loaded once and then kept
-//!                           /links/IFINDEX      a TCX link per device
-//!
 //!  device --TCX ingress--> dispatcher --tail call--> PROGRAMS[slot] --> the program of the running version
+//!            (links/IFINDEX)  (programs/...)                             (over v<LAYOUT_VERSION>/maps/NAME)
 //! ```
 //!
-//! A restarted or upgraded daemon loads its own programs, which use the maps that are there, and puts them
-//! into the slots of `PROGRAMS`: one write moves the whole node, and links are never touched. Where the kernel
-//! has no TCX, the dispatcher is a classifier of the device's clsact qdisc, which needs no pin. The pin of
+//! A restarted or upgraded daemon loads its own programs, which use the maps that are there, and puts them into
+//! the slots of `PROGRAMS` ([`takeover`]): one write moves the whole node, and links are never touched. Where the
+//! kernel has no TCX, the dispatcher is a classifier of the device's clsact qdisc, which needs no pin. The pin of
 //! `PROGRAMS` is never removed while a device carries a dispatcher: its slots would be emptied at once.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs::{self, File},
+    io,
     path::PathBuf,
 };
 
 use aya::{
-    maps::{Array, HashMap, MapData, MapError, MapInfo, ProgramArray},
+    maps::{MapData, MapInfo, ProgramArray},
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
         tc::{self, NlOptions, TcAttachOptions, TcError, TcHandle},
     },
 };
-use ebpf_common::layout::{
-    Addr, Backend, Config, Endpoint, LAYOUT_VERSION, PROGRAM_POD, PROGRAM_TUNNEL, Vip, VipKey,
-};
+use ebpf_common::layout::{PROGRAM_POD, PROGRAM_TUNNEL};
 use nix::net::if_::if_indextoname;
 
 use super::{
     Counts, Datapath, DatapathError, FlowTable, Hook, Reasons, bpffs,
-    object::{
-        MAPS, check_layout, load, load_program, map_error, map_path, open_map, program_error,
-        take_over_dispatcher,
-    },
-    raw::Raw,
+    object::{MAPS, open_map, program_error, take_over_dispatcher},
+    stem::{self, PROGRAMS},
+    tables::Tables,
+    takeover,
 };
 use crate::plan::{Capacity, KernelState, Op};
 
@@ -55,9 +50,11 @@ pub enum HookMode {
     Clsact,
 }
 
-/// How much the maps hold; a map that is pinned already keeps its size.
+/// How much the maps hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
+    /// Entries of `ENDPOINTS`; `LOCAL` has twice as many.
+    pub endpoints: u32,
     /// Elements of `BACKENDS`.
     pub backends: u32,
     /// Elements of `SLOTS`.
@@ -75,33 +72,30 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// How devices carry the dispatcher.
     pub mode: HookMode,
-    /// Sizes of maps that are made now.
+    /// Sizes of the maps; what is in maps of other sizes is moved.
     pub sizes: Sizes,
 }
 
 /// See the module.
 pub struct BpfDatapath {
-    directory: PathBuf,
+    bpffs: PathBuf,
+    _lock: File,
+    maps: PathBuf,
     mode: HookMode,
     dispatchers: BTreeMap<Hook, SchedClassifier>,
     /// Devices that carry a classifier, in [`HookMode::Clsact`].
     classifiers: BTreeSet<u32>,
-    config: Array<MapData, Raw<Config>>,
-    endpoints: HashMap<MapData, u32, Raw<Endpoint>>,
-    local: HashMap<MapData, Raw<Addr>, Raw<Endpoint>>,
-    vips: HashMap<MapData, Raw<VipKey>, Raw<Vip>>,
-    slots: Array<MapData, u32>,
-    backends: Array<MapData, Raw<Backend>>,
+    tables: Tables,
     counts: Counts,
     /// Held, because an array of programs is emptied when its last holder in user space goes.
     _programs: ProgramArray<MapData>,
 }
 
 impl Hook {
-    const ALL: [Self; 2] = [Self::Pod, Self::Tunnel];
+    pub(super) const ALL: [Self; 2] = [Self::Pod, Self::Tunnel];
 
     /// The dispatcher, the program it tail-calls, and the slot between them.
-    const fn names(self) -> (&'static str, &'static str, u32) {
+    pub(super) const fn names(self) -> (&'static str, &'static str, u32) {
         match self {
             Self::Pod => ("weft_dispatch_pod", "weft_pod", PROGRAM_POD),
             Self::Tunnel => ("weft_dispatch_tunnel", "weft_tunnel", PROGRAM_TUNNEL),
@@ -113,53 +107,38 @@ impl BpfDatapath {
     /// Loads the programs over the maps that are pinned, or makes both, and switches the node to them.
     ///
     /// # Errors
-    /// When there is no BPF file system, a pinned map has another layout, or the kernel refuses a program.
+    /// When there is no BPF file system, what is in use does not fit the sizes, or the kernel refuses a program.
     pub fn open(options: &Options) -> Result<Self, DatapathError> {
-        bpffs::ensure(&options.bpffs)?;
-        let directory = options.bpffs.join(format!("v{LAYOUT_VERSION}"));
-        for folder in ["maps", "programs", "links"] {
-            bpffs::directory(&directory.join(folder))?;
-        }
-        check_layout(&directory)?;
-        let mut object = load(&directory, options.sizes)?;
-        let mut programs: ProgramArray<MapData> = open_map(&directory, "PROGRAMS")?;
+        let bpffs = options.bpffs.clone();
+        bpffs::ensure(&bpffs)?;
+        let lock = bpffs::lock(&bpffs)?;
+        stem::ensure(&bpffs)?;
+        let (mut object, maps) = takeover::take_over(&bpffs, &options.sizes)?;
         let mut dispatchers = BTreeMap::new();
         for hook in Hook::ALL {
-            let (dispatcher, program, slot) = hook.names();
-            let program_fd = load_program(&mut object, program)?;
-            let fd = program_fd
-                .fd()
-                .map_err(|source| program_error("load", program, source))?;
-            programs
-                .set(slot, fd, 0)
-                .map_err(|source| map_error("PROGRAMS", "switch", source))?;
-            let pin = directory.join("programs").join(dispatcher);
+            let (dispatcher, _, _) = hook.names();
+            let pin = stem::dispatcher(&bpffs, dispatcher);
             dispatchers.insert(hook, take_over_dispatcher(&mut object, dispatcher, &pin)?);
         }
         Ok(Self {
             mode: options.mode,
             dispatchers,
             classifiers: BTreeSet::new(),
-            config: open_map(&directory, "CONFIG")?,
-            endpoints: open_map(&directory, "ENDPOINTS")?,
-            local: open_map(&directory, "LOCAL")?,
-            vips: open_map(&directory, "VIPS")?,
-            slots: open_map(&directory, "SLOTS")?,
-            backends: open_map(&directory, "BACKENDS")?,
-            counts: Counts::open(&directory)?,
-            _programs: programs,
-            directory,
+            tables: Tables::open(&maps)?,
+            counts: Counts::open(&maps)?,
+            _programs: open_map(&stem::programs(&bpffs), PROGRAMS)?,
+            bpffs,
+            _lock: lock,
+            maps,
         })
     }
 
     /// How much the planner may give out.
-    #[must_use]
-    pub fn capacity(&self) -> Capacity {
-        Capacity {
-            backends: self.backends.len(),
-            slots: self.slots.len(),
-            counters: self.counts.len(),
-        }
+    ///
+    /// # Errors
+    /// When a map cannot be asked.
+    pub fn capacity(&self) -> Result<Capacity, DatapathError> {
+        self.tables.capacity(self.counts.len())
     }
 
     /// The flow maps, for the janitor: established TCP, and the rest.
@@ -167,7 +146,7 @@ impl BpfDatapath {
     /// # Errors
     /// When they cannot be opened.
     pub fn flow_tables(&self) -> Result<[FlowTable; 2], DatapathError> {
-        let open = |name| FlowTable::open(name, &map_path(&self.directory, name));
+        let open = |name| FlowTable::open(name, &self.maps.join(name));
         Ok([open("FLOWS")?, open("FLOWS_LRU")?])
     }
 
@@ -176,7 +155,7 @@ impl BpfDatapath {
     /// # Errors
     /// When they cannot be opened.
     pub fn reasons(&self) -> Result<Reasons, DatapathError> {
-        Reasons::open(&self.directory)
+        Reasons::open(&self.maps)
     }
 
     /// The counters by VIP and backend, for the metrics.
@@ -184,7 +163,7 @@ impl BpfDatapath {
     /// # Errors
     /// When they cannot be opened.
     pub fn counts(&self) -> Result<Counts, DatapathError> {
-        Counts::open(&self.directory)
+        Counts::open(&self.maps)
     }
 
     /// Starts the counts of new owners from zero: elements of `VIP_COUNTS`, and indexes of backends.
@@ -200,7 +179,12 @@ impl BpfDatapath {
     pub fn map_sizes(&self) -> BTreeMap<&'static str, u32> {
         MAPS.into_iter()
             .filter_map(|(name, _, _)| {
-                let info = MapInfo::from_pin(map_path(&self.directory, name)).ok()?;
+                let path = if name == PROGRAMS {
+                    stem::programs(&self.bpffs)
+                } else {
+                    self.maps.join(name)
+                };
+                let info = MapInfo::from_pin(path).ok()?;
                 Some((name, info.max_entries()))
             })
             .collect()
@@ -211,7 +195,7 @@ impl BpfDatapath {
     /// # Errors
     /// When the pins cannot be listed or removed.
     pub fn forget_links(&self, present: &BTreeSet<u32>) -> Result<(), DatapathError> {
-        let folder = self.directory.join("links");
+        let folder = stem::links(&self.bpffs);
         let failed = |source| DatapathError::File {
             what: "list",
             path: folder.clone(),
@@ -228,7 +212,7 @@ impl BpfDatapath {
     }
 
     fn link_pin(&self, ifindex: u32) -> PathBuf {
-        self.directory.join("links").join(ifindex.to_string())
+        stem::links(&self.bpffs).join(ifindex.to_string())
     }
 
     fn dispatcher(&mut self, hook: Hook) -> &mut SchedClassifier {
@@ -290,60 +274,11 @@ impl BpfDatapath {
 
 impl Datapath for BpfDatapath {
     fn state(&self) -> Result<KernelState, DatapathError> {
-        let mut state = KernelState::default();
-        let config = self
-            .config
-            .get(&0, 0)
-            .map_err(|e| map_error("CONFIG", "be read", e))?
-            .0;
-        state.config = (config != Config::default()).then_some(config);
-        state.endpoints = entries(
-            "ENDPOINTS",
-            self.endpoints.iter(),
-            |key| key,
-            |value| value.0,
-        )?;
-        state.local = entries("LOCAL", self.local.iter(), |key| key.0, |value| value.0)?;
-        state.vips = entries("VIPS", self.vips.iter(), |key| key.0, |value| value.0)?;
-        for (index, backend) in self.backends.iter().enumerate() {
-            let backend = backend.map_err(|e| map_error("BACKENDS", "be read", e))?.0;
-            if backend != Backend::default() {
-                state.backends.insert(index as u32, backend);
-            }
-        }
-        for vip in state.vips.values().filter(|vip| vip.slot_count > 0) {
-            if state.runs.contains_key(&vip.slot_base) {
-                continue;
-            }
-            let slots = (vip.slot_base..vip.slot_base.saturating_add(vip.slot_count))
-                .map(|slot| self.slots.get(&slot, 0))
-                .collect::<Result<Vec<u32>, MapError>>()
-                .map_err(|e| map_error("SLOTS", "be read", e))?;
-            state.runs.insert(vip.slot_base, slots);
-        }
-        Ok(state)
+        self.tables.state()
     }
 
-    fn apply(&mut self, op: &Op) -> Result<(), DatapathError> {
-        match op {
-            Op::Config(config) => self
-                .config
-                .set(0, Raw(config.unwrap_or_default()), 0)
-                .map_err(|e| map_error("CONFIG", "be written", e)),
-            Op::Endpoint(key, value) => put("ENDPOINTS", &mut self.endpoints, *key, value.map(Raw)),
-            Op::Local(key, value) => put("LOCAL", &mut self.local, Raw(*key), value.map(Raw)),
-            Op::Vip(key, value) => put("VIPS", &mut self.vips, Raw(*key), value.map(Raw)),
-            Op::Backend(index, value) => self
-                .backends
-                .set(*index, Raw(value.unwrap_or_default()), 0)
-                .map_err(|e| map_error("BACKENDS", "be written", e)),
-            Op::Run(base, slots) => write_run(&mut self.slots, *base, slots.iter().copied()),
-            Op::DropRun(base, length) => write_run(
-                &mut self.slots,
-                *base,
-                std::iter::repeat_n(0, *length as usize),
-            ),
-        }
+    fn apply(&mut self, ops: &[Op]) -> Result<(), DatapathError> {
+        self.tables.apply(ops)
     }
 
     fn attach(&mut self, ifindex: u32, hook: Hook) -> Result<(), DatapathError> {
@@ -399,56 +334,11 @@ impl Datapath for BpfDatapath {
     }
 }
 
-fn entries<K, V, A: Ord, B>(
-    name: &'static str,
-    all: impl Iterator<Item = Result<(K, V), MapError>>,
-    key: impl Fn(K) -> A,
-    value: impl Fn(V) -> B,
-) -> Result<BTreeMap<A, B>, DatapathError> {
-    all.map(|entry| entry.map(|(k, v)| (key(k), value(v))))
-        .collect::<Result<_, MapError>>()
-        .map_err(|source| map_error(name, "be read", source))
-}
-
-fn put<K: aya::Pod, V: aya::Pod>(
-    name: &'static str,
-    map: &mut HashMap<MapData, K, V>,
-    key: K,
-    value: Option<V>,
-) -> Result<(), DatapathError> {
-    let Some(value) = value else {
-        return match map.remove(&key) {
-            Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if is_enoent(&error.io_error) => Ok(()),
-            result => result.map_err(|source| map_error(name, "remove an entry", source)),
-        };
-    };
-    map.insert(key, value, 0)
-        .map_err(|source| map_error(name, "take an entry", source))
-}
-
-fn write_run(
-    slots: &mut Array<MapData, u32>,
-    base: u32,
-    content: impl Iterator<Item = u32>,
-) -> Result<(), DatapathError> {
-    for (offset, backend) in content.enumerate() {
-        slots
-            .set(base + offset as u32, backend, 0)
-            .map_err(|source| map_error("SLOTS", "be written", source))?;
-    }
-    Ok(())
-}
-
 fn link_name(ifindex: u32) -> Result<String, DatapathError> {
     if_indextoname(ifindex)
         .ok()
         .and_then(|name| name.into_string().ok())
         .ok_or(DatapathError::NoLink { ifindex })
-}
-
-fn is_enoent(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENOENT)
 }
 
 /// The operating system's error number behind a refusal of traffic control.

@@ -24,11 +24,11 @@ pub struct Counts {
 }
 
 impl Counts {
-    pub(super) fn open(directory: &Path) -> Result<Self, DatapathError> {
+    pub(super) fn open(maps: &Path) -> Result<Self, DatapathError> {
         Ok(Self {
-            vips: open_map(directory, VIPS)?,
-            backends: open_map(directory, BACKENDS)?,
-            refused: open_map(directory, REFUSED)?,
+            vips: open_map(&maps.join(VIPS), VIPS)?,
+            backends: open_map(&maps.join(BACKENDS), BACKENDS)?,
+            refused: open_map(&maps.join(REFUSED), REFUSED)?,
         })
     }
 

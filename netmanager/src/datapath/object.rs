@@ -1,22 +1,31 @@
 //! The kernel object: loaded over the maps that are pinned, its dispatchers taken over.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Map, MapData, MapError, MapInfo},
+    maps::{Map, MapData, MapError},
     programs::{ProgramError, SchedClassifier},
 };
 use ebpf_common::layout::{
     Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey,
 };
 
-use super::{DatapathError, Sizes};
+use super::{
+    DatapathError, Sizes,
+    stem::{self, PROGRAMS},
+};
 
 /// The kernel programs (`cargo xtask ebpf` builds them).
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../ebpf/prebuilt/weft.bpf.o"
+));
+
+/// The programs of layout 1, to which the node can be handed back for one release.
+pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../ebpf/prebuilt/weft.v1.bpf.o"
 ));
 
 /// Every map, with the bytes of its key and value.
@@ -36,57 +45,63 @@ pub(super) const MAPS: [(&str, usize, usize); 13] = [
     ("PROGRAMS", 4, 4),
 ];
 
-/// Loads the object with its maps at their pins.
-pub(super) fn load(directory: &Path, sizes: Sizes) -> Result<Ebpf, DatapathError> {
+/// How many entries a map should have, where that is configured.
+pub(super) fn entries(name: &str, sizes: &Sizes) -> Option<u32> {
+    match name {
+        "ENDPOINTS" => Some(sizes.endpoints),
+        // Each of an endpoint's two addresses.
+        "LOCAL" => Some(sizes.endpoints * 2),
+        "VIPS" => Some(sizes.vips),
+        "SLOTS" => Some(sizes.slots),
+        "BACKENDS" | "BACKEND_COUNTS" => Some(sizes.backends),
+        // A VIP has two entries at least: itself and a port.
+        "VIP_COUNTS" => Some((sizes.vips / 2).max(2)),
+        "FLOWS" => Some(sizes.flows),
+        "FLOWS_LRU" => Some(sizes.flows / 2),
+        _ => None,
+    }
+}
+
+/// Loads an object: its maps are those that are pinned in `maps`, or are made and pinned there.
+pub(super) fn load(
+    object: &[u8],
+    maps: &Path,
+    bpffs: &Path,
+    sizes: &Sizes,
+) -> Result<Ebpf, DatapathError> {
     let mut loader = EbpfLoader::new();
     for (name, _, _) in MAPS {
-        loader.map_pin_path(name, map_path(directory, name));
+        let path = if name == PROGRAMS {
+            stem::programs(bpffs)
+        } else {
+            maps.join(name)
+        };
+        loader.map_pin_path(name, path);
+        if let Some(entries) = entries(name, sizes) {
+            loader.map_max_entries(name, entries);
+        }
     }
     loader
-        .map_max_entries("BACKENDS", sizes.backends)
-        .map_max_entries("BACKEND_COUNTS", sizes.backends)
-        .map_max_entries("SLOTS", sizes.slots)
-        .map_max_entries("VIPS", sizes.vips)
-        // A VIP has two entries at least: itself and a port.
-        .map_max_entries("VIP_COUNTS", (sizes.vips / 2).max(2))
-        .map_max_entries("FLOWS", sizes.flows)
-        .map_max_entries("FLOWS_LRU", sizes.flows / 2)
-        .load(OBJECT)
+        .load(object)
         .map_err(|source| DatapathError::Load(Box::new(source)))
 }
 
-/// Refuses maps that were pinned with other sizes of keys or values.
-pub(super) fn check_layout(directory: &Path) -> Result<(), DatapathError> {
-    for (name, key, value) in MAPS {
-        let path = map_path(directory, name);
-        if !path.exists() {
-            continue;
-        }
-        let info =
-            MapInfo::from_pin(&path).map_err(|source| map_error("pinned", "open", source))?;
-        if (info.key_size(), info.value_size()) != (key as u32, value as u32) {
-            return Err(DatapathError::Layout {
-                path,
-                found_key: info.key_size(),
-                found_value: info.value_size(),
-                key: key as u32,
-                value: value as u32,
-            });
-        }
-    }
-    Ok(())
+pub(super) fn program<'a>(
+    object: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, DatapathError> {
+    object
+        .program_mut(name)
+        .ok_or(DatapathError::Missing(name))?
+        .try_into()
+        .map_err(|source| program_error("use", name, source))
 }
 
 pub(super) fn load_program<'a>(
     object: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, DatapathError> {
-    let program = object
-        .program_mut(name)
-        .ok_or(DatapathError::Missing(name))?;
-    let program: &mut SchedClassifier = program
-        .try_into()
-        .map_err(|source| program_error("use", name, source))?;
+    let program = program(object, name)?;
     program
         .load()
         .map_err(|source| program_error("load", name, source))?;
@@ -110,15 +125,11 @@ pub(super) fn take_over_dispatcher(
     SchedClassifier::from_pin(pin).map_err(|source| program_error("take over", name, source))
 }
 
-pub(super) fn map_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join("maps").join(name)
-}
-
 pub(super) fn open_map<M: TryFrom<Map, Error = MapError>>(
-    directory: &Path,
+    path: &Path,
     name: &'static str,
 ) -> Result<M, DatapathError> {
-    MapData::from_pin(map_path(directory, name))
+    MapData::from_pin(path)
         .and_then(Map::from_map_data)
         .and_then(M::try_from)
         .map_err(|source| map_error(name, "open", source))

@@ -14,8 +14,8 @@ use super::{
 pub struct Reasons(PerCpuArray<MapData, u64>);
 
 impl Reasons {
-    pub(super) fn open(directory: &Path) -> Result<Self, DatapathError> {
-        open_map(directory, "REASONS").map(Self)
+    pub(super) fn open(maps: &Path) -> Result<Self, DatapathError> {
+        open_map(&maps.join("REASONS"), "REASONS").map(Self)
     }
 
     /// The count of every reason.

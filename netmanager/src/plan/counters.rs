@@ -82,13 +82,13 @@ impl Counters {
         index
     }
 
-    /// Whoever is not in `live` rests from `now` on, unless it did before.
-    pub(super) fn rest_all_but(&mut self, live: &BTreeSet<Addr>, now: Duration) {
-        for (vip6, held) in &mut self.held {
-            if !live.contains(vip6) && held.idle_since.is_none() {
-                held.idle_since = Some(now);
-                self.idle.insert((now, *vip6));
-            }
+    /// An entry of `VIPS` goes: where it was a VIP's own, the VIP's element rests from `now` on.
+    pub(super) fn rest(&mut self, key: &VipKey, now: Duration) {
+        if let Some(held) = self.held.get_mut(&key.addr).filter(|_| is_vip6(key))
+            && held.idle_since.is_none()
+        {
+            held.idle_since = Some(now);
+            self.idle.insert((now, key.addr));
         }
     }
 
@@ -111,6 +111,15 @@ mod tests {
         Addr::from_v6((0xfd << 120) | number)
     }
 
+    fn key(number: u128, port_be: u16) -> VipKey {
+        VipKey {
+            addr: vip(number),
+            port_be,
+            proto: PROTO_ICMP6,
+            pad: 0,
+        }
+    }
+
     #[test]
     fn an_element_is_given_to_another_only_when_all_are_taken_and_the_oldest_first() {
         let mut counters = Counters::new(4);
@@ -118,8 +127,10 @@ mod tests {
         assert_eq!(counters.take_given(), [1, 2, 3]);
         assert_eq!(counters.hold(vip(4)), 0, "all are in use");
         let second = Duration::from_secs(1);
-        counters.rest_all_but(&BTreeSet::from([vip(1), vip(3)]), second);
-        counters.rest_all_but(&BTreeSet::from([vip(1)]), 2 * second);
+        counters.rest(&key(2, 80), second);
+        assert_eq!(counters.hold(vip(4)), 0, "only a port went");
+        counters.rest(&key(2, VIP_ITSELF_PORT), second);
+        counters.rest(&key(3, VIP_ITSELF_PORT), 2 * second);
         assert_eq!(counters.hold(vip(3)), 3, "it is back");
         assert_eq!(counters.take_given(), [0; 0], "and goes on from its count");
         assert_eq!(counters.hold(vip(4)), 2);
@@ -129,12 +140,6 @@ mod tests {
 
     #[test]
     fn a_restarted_daemon_goes_on_with_every_vips_element() {
-        let key = |number, port_be| VipKey {
-            addr: vip(number),
-            port_be,
-            proto: PROTO_ICMP6,
-            pad: 0,
-        };
         let entry = |counter| layout::Vip {
             counter,
             ..layout::Vip::default()

@@ -1,9 +1,9 @@
-//! From a table to the content of the maps.
+//! From the pieces of a table to the entries of the maps.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::{Ipv4Addr, Ipv6Addr},
-    time::Duration,
+    sync::Arc,
 };
 
 use ebpf_common::layout::{
@@ -12,14 +12,13 @@ use ebpf_common::layout::{
 };
 use netmanager_api::table::{self, BackendState, Protocol, Table};
 
-use super::{KernelState, Memory, Shortage};
 use crate::policy::{self, Candidate, Sight, Wanted};
 
 /// What the desired state is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// The node's table.
-    pub table: &'a Table,
+    pub table: &'a Arc<Table>,
     /// The node's own endpoint.
     pub node: &'a NodeEndpoint,
     /// The attached pods.
@@ -73,26 +72,7 @@ pub struct TunnelDevice {
     pub mtu: u32,
 }
 
-/// The content of the maps for `inputs`. `memory` gives and takes back indexes and runs.
-///
-/// # Errors
-/// When a map is too small for the table; nothing should be written then.
-pub fn desired(
-    inputs: &Inputs<'_>,
-    memory: &mut Memory,
-    now: Duration,
-) -> Result<KernelState, Shortage> {
-    let mut state = KernelState {
-        config: Some(config(inputs)),
-        ..KernelState::default()
-    };
-    add_endpoints(inputs, &mut state);
-    add_vips(inputs, memory, &mut state, now)?;
-    memory.write_into(&mut state);
-    Ok(state)
-}
-
-fn addr(address: Ipv6Addr) -> Addr {
+pub(super) fn addr(address: Ipv6Addr) -> Addr {
     Addr::from_v6(address.to_bits())
 }
 
@@ -100,7 +80,8 @@ fn addr_v4(address: Option<Ipv4Addr>) -> Addr {
     address.map_or_else(Addr::default, |address| Addr::from_v4(address.to_bits()))
 }
 
-fn config(inputs: &Inputs<'_>) -> layout::Config {
+/// What the mesh and this node are.
+pub(super) fn config(inputs: &Inputs<'_>) -> layout::Config {
     let mesh = &inputs.table.mesh;
     layout::Config {
         seed: mesh.seed,
@@ -115,11 +96,12 @@ fn config(inputs: &Inputs<'_>) -> layout::Config {
         tunnel_ifindex: inputs.tunnel.map_or(0, |tunnel| tunnel.ifindex),
         tunnel_mtu: inputs.tunnel.map_or(0, |tunnel| tunnel.mtu),
         flags: 0,
-        pad: 0,
+        hold_until_s: 0,
     }
 }
 
-fn add_endpoints(inputs: &Inputs<'_>, state: &mut KernelState) {
+/// The node's own endpoint, then the pods'.
+pub(super) fn endpoints(inputs: &Inputs<'_>) -> impl Iterator<Item = layout::Endpoint> {
     let node = inputs.node;
     let own = layout::Endpoint {
         addr6: addr(node.addr6),
@@ -143,127 +125,64 @@ fn add_endpoints(inputs: &Inputs<'_>, state: &mut KernelState) {
         host_mac: pod.host_mac,
         pad: 0,
     });
-    for endpoint in std::iter::once(own).chain(pods) {
-        state.endpoints.insert(endpoint.ifindex, endpoint);
-        state.local.insert(endpoint.addr6, endpoint);
-        if endpoint.addr4 != Addr::default() {
-            state.local.insert(endpoint.addr4, endpoint);
-        }
-    }
+    std::iter::once(own).chain(pods)
 }
 
-fn add_vips(
+/// A backend as the kernel has it, but for its generation; `None` where it takes no traffic yet.
+pub(super) fn backend(backend: &table::Backend) -> Option<layout::Backend> {
+    let flags = match backend.state {
+        BackendState::Ready => BACKEND_LIVE,
+        BackendState::Draining => BACKEND_DRAINING,
+        BackendState::Probing => return None,
+    };
+    Some(layout::Backend {
+        addr6: addr(backend.addr6),
+        addr4: addr_v4(backend.addr4),
+        node: backend.node,
+        generation: 0,
+        flags,
+        pad: 0,
+    })
+}
+
+/// The addresses of a VIP, each with the backend indexes of its run. `near` is what `closest` remembers.
+pub(super) fn families(
+    vip: &table::Vip,
+    candidates: &[(Candidate, bool)],
     inputs: &Inputs<'_>,
-    memory: &mut Memory,
-    state: &mut KernelState,
-    now: Duration,
-) -> Result<(), Shortage> {
-    let mut live = BTreeSet::new();
-    let mut used = BTreeSet::new();
-    let mut vips = BTreeSet::new();
-    let mut near = std::mem::take(&mut memory.near);
-    near.retain(|number, _| {
-        inputs
-            .table
-            .services
+    near: &mut BTreeSet<u32>,
+) -> Vec<(Addr, Vec<u32>)> {
+    let wanted = Wanted {
+        policy: vip.policy.0,
+        instance: vip.instance,
+    };
+    let here = inputs.table.node.number;
+    let slots = |choose: &dyn Fn(bool) -> bool, near: &mut BTreeSet<u32>| {
+        let chosen: Vec<Candidate> = candidates
             .iter()
-            .any(|service| service.number == *number)
-    });
-    for service in &inputs.table.services {
-        let candidates = hold_backends(service, memory, &mut live, now)?;
-        let near = near.entry(service.number).or_default();
-        for vip in &service.vips {
-            let wanted = Wanted {
-                policy: vip.policy.0,
-                instance: vip.instance,
-            };
-            let vip6 = addr(vip.addr6);
-            vips.insert(vip6);
-            let counter = memory.counters.hold(vip6);
-            let here = inputs.table.node.number;
-            let v6: Vec<Candidate> = candidates.iter().map(|(candidate, _)| *candidate).collect();
-            let slots6 = policy::slots(wanted, &v6, here, inputs.sight, near);
-            let families = [
-                Some((vip6, slots6)),
-                vip.addr4.map(|address| {
-                    let v4: Vec<Candidate> = candidates
-                        .iter()
-                        .filter(|(_, has4)| *has4)
-                        .map(|(c, _)| *c)
-                        .collect();
-                    // IPv4 follows the band that IPv6 chose; its own must not widen or narrow it.
-                    let slots4 = policy::slots(wanted, &v4, here, inputs.sight, &mut near.clone());
-                    (Addr::from_v4(address.to_bits()), slots4)
-                }),
-            ];
-            for (address, slots) in families.into_iter().flatten() {
-                let slot_base = memory.run(&slots, now)?;
-                if !slots.is_empty() {
-                    used.insert(slot_base);
-                }
-                let entry = layout::Vip {
-                    slot_base,
-                    slot_count: slots.len() as u32,
-                    service: service.number,
-                    target_port_be: 0,
-                    policy: wanted.policy.code(),
-                    flags: 0,
-                    counter,
-                };
-                state
-                    .vips
-                    .extend(vip_entries(address, entry, &service.ports));
-            }
-        }
-    }
-    memory.near = near;
-    memory.counters.rest_all_but(&vips, now);
-    memory.bury_all_but(&live, now);
-    memory.rest_all_but(&used, now);
-    Ok(())
-}
-
-/// Gives every backend of a service its index; those that new flows may pick are returned, with whether they
-/// have an IPv4 address.
-fn hold_backends(
-    service: &table::Service,
-    memory: &mut Memory,
-    live: &mut BTreeSet<u32>,
-    now: Duration,
-) -> Result<Vec<(Candidate, bool)>, Shortage> {
-    let mut candidates = BTreeMap::new();
-    for backend in &service.backends {
-        let flags = match backend.state {
-            BackendState::Ready => BACKEND_LIVE,
-            BackendState::Draining => BACKEND_DRAINING,
-            BackendState::Probing => continue,
-        };
-        let entry = layout::Backend {
-            addr6: addr(backend.addr6),
-            addr4: addr_v4(backend.addr4),
-            node: backend.node,
-            generation: 0,
-            flags,
-            pad: 0,
-        };
-        let index = memory.hold(entry, now)?;
-        live.insert(index);
-        if backend.state == BackendState::Ready {
-            let candidate = Candidate {
-                index,
-                identity: backend.addr6.to_bits(),
-                instance: backend.instance,
-                epoch: backend.epoch,
-                node: backend.node,
-            };
-            candidates.insert(candidate.identity, (candidate, backend.addr4.is_some()));
-        }
-    }
-    Ok(candidates.into_values().collect())
+            .filter(|(_, has4)| choose(*has4))
+            .map(|(candidate, _)| *candidate)
+            .collect();
+        policy::slots(wanted, &chosen, here, inputs.sight, near)
+    };
+    let slots6 = slots(&|_| true, near);
+    let Some(address) = vip.addr4 else {
+        return vec![(addr(vip.addr6), slots6)];
+    };
+    let slots4 = if candidates.iter().all(|(_, has4)| *has4) {
+        slots6.clone()
+    } else {
+        // IPv4 follows the band that IPv6 chose; its own must not widen or narrow it.
+        slots(&|has4| has4, &mut near.clone())
+    };
+    vec![
+        (addr(vip.addr6), slots6),
+        (Addr::from_v4(address.to_bits()), slots4),
+    ]
 }
 
 /// The entries of one VIP address: itself, for echoes and refusals, and each declared port.
-fn vip_entries(
+pub(super) fn vip_entries(
     address: Addr,
     itself: layout::Vip,
     ports: &[table::Port],

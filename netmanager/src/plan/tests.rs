@@ -1,5 +1,6 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ const CAPACITY: Capacity = Capacity {
     backends: 8,
     slots: 16,
     counters: 16,
+    vips: 64,
 };
 const NOW: Duration = Duration::from_secs(1_000);
 
@@ -78,18 +80,37 @@ fn table(backends: Vec<table::Backend>) -> Table {
     }
 }
 
-fn plan(table: &Table, memory: &mut Memory, now: Duration) -> Result<KernelState, Shortage> {
+/// A planner for empty maps.
+fn planner(capacity: Capacity) -> Planner {
+    Planner::adopt(capacity, KernelState::default(), NOW)
+}
+
+/// Plans a table and does all its writes.
+fn plan(table: &Table, planner: &mut Planner, now: Duration) -> Result<KernelState, Shortage> {
+    let planned = plan_seen(table, &Sight::default(), planner, now);
+    let writes = planner.writes();
+    planner.wrote(&writes);
+    planned.map(|()| planner.have().clone())
+}
+
+/// Plans a table without writing.
+fn plan_seen(
+    table: &Table,
+    sight: &Sight,
+    planner: &mut Planner,
+    now: Duration,
+) -> Result<(), Shortage> {
     let node = node_endpoint();
-    let sight = Sight::default();
+    let table = Arc::new(table.clone());
     let inputs = Inputs {
-        table,
+        table: &table,
         node: &node,
         pods: &[],
-        sight: &sight,
+        sight,
         tunnel: None,
         quota: 100,
     };
-    desired(&inputs, memory, now)
+    planner.plan(&inputs, now)
 }
 
 fn vip_of(state: &KernelState) -> Vip {
@@ -104,12 +125,12 @@ fn vip_of(state: &KernelState) -> Vip {
 
 #[test]
 fn a_table_becomes_vips_runs_and_backends() {
-    let mut memory = Memory::new(CAPACITY);
+    let mut planner = planner(CAPACITY);
     let backends = vec![
         backend(0, BackendState::Ready),
         backend(1, BackendState::Ready),
     ];
-    let state = plan(&table(backends), &mut memory, NOW).unwrap();
+    let state = plan(&table(backends), &mut planner, NOW).unwrap();
     assert_eq!(
         state.vips.len(),
         4,
@@ -133,18 +154,18 @@ fn a_table_becomes_vips_runs_and_backends() {
 
 #[test]
 fn a_draining_backend_keeps_its_index_and_loses_its_slots_and_a_probing_one_has_neither() {
-    let mut memory = Memory::new(CAPACITY);
+    let mut planner = planner(CAPACITY);
     let ready = vec![
         backend(0, BackendState::Ready),
         backend(1, BackendState::Ready),
     ];
-    plan(&table(ready), &mut memory, NOW).unwrap();
+    plan(&table(ready), &mut planner, NOW).unwrap();
     let mixed = vec![
         backend(0, BackendState::Draining),
         backend(1, BackendState::Ready),
         backend(2, BackendState::Probing),
     ];
-    let state = plan(&table(mixed), &mut memory, NOW).unwrap();
+    let state = plan(&table(mixed), &mut planner, NOW).unwrap();
     assert_eq!(state.backends[&1].flags, BACKEND_DRAINING);
     assert_eq!(state.runs[&vip_of(&state).slot_base], [2]);
     assert!(!state.backends.contains_key(&3));
@@ -154,17 +175,16 @@ fn a_draining_backend_keeps_its_index_and_loses_its_slots_and_a_probing_one_has_
 fn a_dead_backend_has_no_flags_and_its_index_names_another_only_later_and_with_a_new_generation() {
     let capacity = Capacity {
         backends: 3,
-        slots: 16,
-        counters: 16,
+        ..CAPACITY
     };
-    let mut memory = Memory::new(capacity);
+    let mut planner = planner(capacity);
     let two = vec![
         backend(0, BackendState::Ready),
         backend(1, BackendState::Ready),
     ];
-    plan(&table(two), &mut memory, NOW).unwrap();
+    plan(&table(two), &mut planner, NOW).unwrap();
     let other = vec![backend(1, BackendState::Ready)];
-    let state = plan(&table(other.clone()), &mut memory, NOW).unwrap();
+    let state = plan(&table(other.clone()), &mut planner, NOW).unwrap();
     assert_eq!(state.backends[&1].flags, 0);
     assert_eq!(
         state.backends[&1].generation, 1,
@@ -175,51 +195,60 @@ fn a_dead_backend_has_no_flags_and_its_index_names_another_only_later_and_with_a
         backend(1, BackendState::Ready),
         backend(2, BackendState::Ready),
     ];
-    let early = plan(&table(replaced.clone()), &mut memory, NOW + DEAD_REST / 2);
-    assert_eq!(early, Err(Shortage::Backends { capacity: 3 }));
-    let late = plan(&table(replaced), &mut memory, NOW + DEAD_REST).unwrap();
+    let early = plan(&table(replaced.clone()), &mut planner, NOW + DEAD_REST / 2);
+    let error = early.unwrap_err().to_string();
+    assert!(
+        error.contains("default/shop/web") && error.contains("--backends"),
+        "{error}"
+    );
+    assert_eq!(
+        planner.have().backends[&2].flags,
+        BACKEND_LIVE,
+        "who has a place keeps it"
+    );
+    let late = plan(&table(replaced), &mut planner, NOW + DEAD_REST).unwrap();
     assert_eq!(late.backends[&1].generation, 2);
     assert_eq!(late.backends[&1].flags, BACKEND_LIVE);
 }
 
 #[test]
 fn a_run_rests_before_its_slots_are_given_again() {
-    let mut memory = Memory::new(CAPACITY);
+    let mut planner = planner(CAPACITY);
     let one = table(vec![backend(0, BackendState::Ready)]);
     let two = table(vec![
         backend(0, BackendState::Ready),
         backend(1, BackendState::Ready),
     ]);
-    let first = vip_of(&plan(&one, &mut memory, NOW).unwrap()).slot_base;
-    let state = plan(&two, &mut memory, NOW).unwrap();
+    let first = vip_of(&plan(&one, &mut planner, NOW).unwrap()).slot_base;
+    let state = plan(&two, &mut planner, NOW).unwrap();
     assert_eq!(state.runs[&first], [1], "the old run is still there");
     assert_ne!(vip_of(&state).slot_base, first);
-    assert!(memory.is_resting());
-    let rested = plan(&two, &mut memory, NOW + RUN_REST).unwrap();
+    assert!(planner.is_resting());
+    let rested = plan(&two, &mut planner, NOW + RUN_REST).unwrap();
     assert!(!rested.runs.contains_key(&first));
-    assert!(!memory.is_resting());
+    assert!(!planner.is_resting());
 }
 
 #[test]
 fn a_restarted_daemon_gives_the_same_indexes_and_runs() {
-    let mut memory = Memory::new(CAPACITY);
+    let mut planner = planner(CAPACITY);
     let table = table(vec![
         backend(1, BackendState::Ready),
         backend(0, BackendState::Ready),
     ]);
-    let before = plan(&table, &mut memory, NOW).unwrap();
-    let mut adopted = Memory::adopt(CAPACITY, &before, NOW);
-    let after = plan(&table, &mut adopted, NOW).unwrap();
-    assert_eq!(diff(&before, &after), []);
+    let before = plan(&table, &mut planner, NOW).unwrap();
+    let mut adopted = Planner::adopt(CAPACITY, before, NOW);
+    plan_seen(&table, &Sight::default(), &mut adopted, NOW).unwrap();
+    assert_eq!(adopted.writes(), []);
 }
 
 #[test]
 fn vips_are_pointed_after_their_run_and_backends_are_written_and_die_after_the_vips_left() {
-    let mut memory = Memory::new(CAPACITY);
+    let mut planner = planner(CAPACITY);
     let empty = KernelState::default();
     let one = plan(
         &table(vec![backend(0, BackendState::Ready)]),
-        &mut memory,
+        &mut planner,
         NOW,
     )
     .unwrap();
@@ -231,7 +260,7 @@ fn vips_are_pointed_after_their_run_and_backends_are_written_and_die_after_the_v
 
     let other = plan(
         &table(vec![backend(1, BackendState::Ready)]),
-        &mut memory,
+        &mut planner,
         NOW,
     )
     .unwrap();
@@ -249,8 +278,8 @@ fn vips_are_pointed_after_their_run_and_backends_are_written_and_die_after_the_v
 
 #[test]
 fn a_vip_without_backends_stays_and_says_so() {
-    let mut memory = Memory::new(CAPACITY);
-    let state = plan(&table(Vec::new()), &mut memory, NOW).unwrap();
+    let mut planner = planner(CAPACITY);
+    let state = plan(&table(Vec::new()), &mut planner, NOW).unwrap();
     assert_eq!(vip_of(&state).slot_count, 0);
     assert!(state.runs.is_empty());
 }
@@ -292,6 +321,8 @@ prop_compose! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
     #[test]
     fn applying_the_difference_gives_the_wanted_state(have in states(), want in states()) {
         let mut state = have.clone();
@@ -301,20 +332,140 @@ proptest! {
         prop_assert_eq!(&state, &want);
         prop_assert_eq!(diff(&state, &want), vec![]);
     }
+}
+
+/// What happens to a node between two plans.
+#[derive(Clone, Debug)]
+struct Step {
+    /// Services by number, each with the instances that are there and whether they drain.
+    services: BTreeMap<u32, BTreeMap<u32, bool>>,
+    policies: Vec<Policy>,
+    unreachable: BTreeSet<u32>,
+    millis: u64,
+    /// The daemon is another one and reads the maps.
+    is_restart: bool,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let services = prop::collection::btree_map(
+        1u32..4,
+        prop::collection::btree_map(0u32..5, prop::bool::weighted(0.2), 0..4),
+        0..4,
+    );
+    let policies = prop::sample::subsequence(
+        vec![Policy::Balanced, Policy::Closest, Policy::LeastLoaded],
+        1..=3,
+    );
+    let unreachable = prop::collection::btree_set(1u32..4, 0..2);
+    let step = (
+        services,
+        policies,
+        unreachable,
+        0u64..3_000,
+        prop::bool::weighted(0.2),
+    )
+        .prop_map(
+            |(services, policies, unreachable, millis, is_restart)| Step {
+                services,
+                policies,
+                unreachable,
+                millis,
+                is_restart,
+            },
+        );
+    prop::collection::vec(step, 1..5)
+}
+
+impl Step {
+    fn table(&self) -> Table {
+        let mut table = table(Vec::new());
+        let model = table.services.remove(0);
+        for (&number, instances) in &self.services {
+            let mut service = model.clone();
+            service.number = number;
+            service.name = format!("default/shop/s{number}");
+            service.vips = self
+                .policies
+                .iter()
+                .map(|policy| table::Vip {
+                    policy: PolicyName(*policy),
+                    instance: None,
+                    addr6: Ipv6Addr::from_bits(
+                        (0xfd12_3456_789a << 80)
+                            | (1 << 76)
+                            | (u128::from(policy.code()) << 72)
+                            | (u128::from(number) << 32),
+                    ),
+                    addr4: Some(Ipv4Addr::new(10, 24 + policy.code(), 0, number as u8)),
+                })
+                .collect();
+            service.backends = instances
+                .iter()
+                .map(|(instance, drains)| {
+                    let state = if *drains {
+                        BackendState::Draining
+                    } else {
+                        BackendState::Ready
+                    };
+                    table::Backend {
+                        node: instance % 3 + 1,
+                        ..backend(number * 5 + instance, state)
+                    }
+                })
+                .collect();
+            table.services.push(service);
+        }
+        table
+    }
+}
+
+/// The VIPs of which a new flow would find a backend.
+fn served(state: &KernelState) -> BTreeSet<VipKey> {
+    let is_live = |index: &u32| {
+        state
+            .backends
+            .get(index)
+            .is_some_and(|backend| backend.flags & BACKEND_LIVE != 0)
+    };
+    state
+        .vips
+        .iter()
+        .filter(|(_, vip)| {
+            let run = state.runs.get(&vip.slot_base);
+            vip.slot_count > 0 && run.is_some_and(|run| run.iter().any(is_live))
+        })
+        .map(|(key, _)| *key)
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
-    fn no_vip_ever_points_at_slots_of_nobody(
-        steps in prop::collection::vec((prop::collection::btree_set(0u32..6, 0..4), 0u64..3_000), 1..12),
+    fn every_prefix_of_the_writes_is_whole_and_serves_every_vip_that_was_and_will_be(
+        steps in steps(),
     ) {
-        let mut memory = Memory::new(Capacity { backends: 64, slots: 64, counters: 64 });
+        let capacity = Capacity { backends: 64, slots: 256, vips: 64, counters: 64 };
+        let mut planner = planner(capacity);
         let mut kernel = KernelState::default();
         let mut now = NOW;
-        for (instances, millis) in steps {
-            now += Duration::from_millis(millis);
-            let backends = instances.iter().map(|i| backend(*i, BackendState::Ready)).collect();
-            let want = plan(&table(backends), &mut memory, now).unwrap();
-            for op in diff(&kernel, &want) {
-                kernel.apply(&op);
+        for step in steps {
+            now += Duration::from_millis(step.millis);
+            if step.is_restart {
+                planner = Planner::adopt(capacity, kernel.clone(), now);
+            }
+            let sight = Sight { unreachable: step.unreachable.clone(), ..Sight::default() };
+            let table = step.table();
+            prop_assert_eq!(plan_seen(&table, &sight, &mut planner, now), Ok(()));
+            let writes = planner.writes();
+            let before = served(&kernel);
+            let mut after = kernel.clone();
+            writes.iter().for_each(|op| after.apply(op));
+            let lasting: Vec<VipKey> = before.intersection(&served(&after)).copied().collect();
+            for op in &writes {
+                kernel.apply(op);
+                let served = served(&kernel);
+                prop_assert!(lasting.iter().all(|key| served.contains(key)), "after {op:?}");
                 for vip in kernel.vips.values().filter(|vip| vip.slot_count > 0) {
                     let run = &kernel.runs[&vip.slot_base];
                     prop_assert_eq!(run.len() as u32, vip.slot_count);
@@ -323,6 +474,86 @@ proptest! {
                     }
                 }
             }
+            planner.wrote(&writes);
+            // What was planned piece by piece is what is planned at once.
+            let mut fresh = Planner::adopt(capacity, kernel.clone(), now);
+            prop_assert_eq!(plan_seen(&table, &sight, &mut fresh, now), Ok(()));
+            prop_assert_eq!(fresh.writes(), vec![]);
+            let wanted = step.services.values().flatten().count();
+            let flagged = kernel.backends.values().filter(|backend| backend.flags != 0).count();
+            prop_assert_eq!(flagged, wanted, "who is not named is dead");
         }
     }
+}
+
+#[test]
+fn a_service_without_room_keeps_what_it_had_and_the_others_do_not_wait() {
+    let capacity = Capacity {
+        slots: 2,
+        ..CAPACITY
+    };
+    let mut planner = planner(capacity);
+    let one = table(vec![backend(0, BackendState::Ready)]);
+    let before = plan(&one, &mut planner, NOW).unwrap();
+    let mut full = table((0..3).map(|i| backend(i, BackendState::Ready)).collect());
+    let mut other = full.services[0].clone();
+    other.number = 6;
+    other.name = "default/shop/other".into();
+    other.vips[0].addr6 = "fd12:3456:789a:1000:0:6::".parse().unwrap();
+    other.vips[0].addr4 = Some(Ipv4Addr::new(10, 24, 0, 6));
+    other.backends = vec![backend(7, BackendState::Ready)];
+    full.services.push(other);
+    let error = plan(&full, &mut planner, NOW).unwrap_err().to_string();
+    assert!(
+        error.contains("default/shop/web") && error.contains("--slots"),
+        "{error}"
+    );
+    assert_eq!(vip_of(planner.have()), vip_of(&before));
+    assert_eq!(planner.have().vips.len(), 8, "the other is served");
+
+    full.services[0].backends.truncate(1);
+    assert_eq!(
+        plan(&full, &mut planner, NOW).map(|state| vip_of(&state)),
+        Ok(vip_of(&before))
+    );
+}
+
+#[test]
+fn a_table_with_more_ports_than_there_is_room_for_names_the_option() {
+    let capacity = Capacity {
+        vips: 3,
+        ..CAPACITY
+    };
+    let full = table(vec![backend(0, BackendState::Ready)]);
+    let error = plan(&full, &mut planner(capacity), NOW).unwrap_err();
+    assert!(error.to_string().contains("--vips"), "{error}");
+}
+
+#[test]
+fn only_what_changed_is_written() {
+    let mut planner = planner(CAPACITY);
+    let two = table(vec![
+        backend(0, BackendState::Ready),
+        backend(1, BackendState::Ready),
+    ]);
+    plan(&two, &mut planner, NOW).unwrap();
+    let mut same = two.clone();
+    same.revision.index += 1;
+    plan_seen(&same, &Sight::default(), &mut planner, NOW).unwrap();
+    assert_eq!(planner.writes(), []);
+    let one = table(vec![backend(0, BackendState::Ready)]);
+    plan_seen(&one, &Sight::default(), &mut planner, NOW).unwrap();
+    let writes = planner.writes();
+    assert_eq!(
+        writes.len(),
+        6,
+        "a run, four entries that point at it, and a death: {writes:?}"
+    );
+    let mut read = planner.have().clone();
+    read.runs.clear();
+    planner.read_back(read);
+    assert!(
+        planner.writes().len() > writes.len(),
+        "all of it is looked at"
+    );
 }

@@ -141,6 +141,11 @@ impl Supervisor {
         &self.launch
     }
 
+    /// The device's MTU at the next start.
+    pub fn set_mtu(&mut self, mtu: u16) {
+        self.launch.mtu = mtu;
+    }
+
     /// Whether a process carries the tunnel.
     ///
     /// # Errors

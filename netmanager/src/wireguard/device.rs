@@ -232,6 +232,11 @@ impl Tunnels for WireGuard {
         })
     }
 
+    fn set_mtu(&mut self, mtu: u16) {
+        self.config.mtu = mtu;
+        self.supervisor.set_mtu(mtu);
+    }
+
     async fn apply(
         &mut self,
         want: &BTreeMap<PublicKey, WantedPeer>,

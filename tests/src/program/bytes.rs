@@ -68,7 +68,7 @@ macro_rules! structs {
 }
 structs! {
     Addr { words }
-    Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu, flags, pad }
+    Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu, flags, hold_until_s }
     Endpoint { addr6, addr4, number, ifindex, flags, quota, mac, host_mac, pad }
     VipKey { addr, port_be, proto, pad }
     Vip { slot_base, slot_count, service, target_port_be, policy, flags, counter }

@@ -125,7 +125,7 @@ impl Stage {
             tunnel_ifindex: 99,
             tunnel_mtu: TUNNEL_MTU,
             flags: 0,
-            pad: 0,
+            hold_until_s: 0,
         });
         for number in [NODE_ENDPOINT, CLIENT, 3, 4] {
             node.attach(&Self::endpoint(number));

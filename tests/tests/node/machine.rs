@@ -114,7 +114,8 @@ pub(crate) struct Node {
     pub(crate) netns: Netns,
     pub(crate) number: u32,
     directory: TempDir,
-    args: Vec<String>,
+    /// What the daemon's command line has beside what every test's has.
+    pub(crate) args: Vec<String>,
     daemon: Option<Process>,
 }
 
@@ -183,19 +184,25 @@ impl Node {
             .arg(socket)
             .arg("--bpffs")
             .arg(self.path("bpf"))
-            // Maps of a size that a test fills in no time to make.
-            .args([
-                "--flows",
-                "4096",
-                "--backends",
-                "256",
-                "--slots",
-                "4096",
-                "--vips",
-                "256",
-            ])
+            .args(self.sizes())
             .args(&self.args);
         command
+    }
+
+    /// Maps of a size that takes no time to make, unless the test wants others.
+    fn sizes(&self) -> Vec<&'static str> {
+        let sizes = [
+            ["--flows", "4096"],
+            ["--backends", "256"],
+            ["--slots", "4096"],
+            ["--vips", "256"],
+        ];
+        let is_given = |option: &str| self.args.iter().any(|arg| arg == option);
+        sizes
+            .into_iter()
+            .filter(|[option, _]| !is_given(option))
+            .flatten()
+            .collect()
     }
 
     /// Whom it follows: the agent of `args`, else a file.
@@ -219,6 +226,23 @@ impl Node {
             .arg("--bpffs")
             .arg(self.path("bpf"));
         command
+    }
+
+    /// The command line that hands the node back to the previous version.
+    pub(crate) fn downgrade(&self) -> Command {
+        let mut command = Command::new(binary("weft-netmanager"));
+        command
+            .arg("downgrade")
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--bpffs")
+            .arg(self.path("bpf"));
+        command
+    }
+
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().0.id()
     }
 
     /// A name that no other test's tunnel has.
@@ -283,6 +307,15 @@ impl Node {
         });
         // The table is applied before the next request is answered.
         assert_eq!(self.ask(&Request::Status), Reply::Done, "{}", self.log());
+    }
+
+    /// Waits until the table of this index is on disk.
+    pub(crate) fn wait_saved(&self, index: u64) {
+        wait_for("the table is on disk", SOON, || {
+            let saved = fs::read(self.path("state/table.json")).ok()?;
+            let saved: Table = serde_json::from_slice(&saved).ok()?;
+            (saved.revision.index == index).then_some(())
+        });
     }
 
     pub(crate) fn ask(&self, request: &Request) -> Reply {

@@ -28,6 +28,8 @@ impl Tunnels for FakeTunnels {
         })
     }
 
+    fn set_mtu(&mut self, _: u16) {}
+
     async fn apply(
         &mut self,
         want: &BTreeMap<PublicKey, WantedPeer>,
@@ -82,6 +84,7 @@ async fn a_peer_is_carried_before_the_maps_change_and_one_that_leaves_until_they
     let fake = FakeTunnels::default();
     let applied = fake.0.clone();
     let (wanted, wanting) = watch::channel(None);
+    let (mtu, mtus) = watch::channel(1_420);
     let (sender, carried) = watch::channel(Carried::default());
     let keeper = Keeper {
         tunnels: fake,
@@ -90,9 +93,10 @@ async fn a_peer_is_carried_before_the_maps_change_and_one_that_leaves_until_they
         trouble: None,
     };
     let shutdown = CancellationToken::new();
-    let kept = tokio::spawn(keeper.run(wanting, shutdown.clone()));
+    let kept = tokio::spawn(keeper.run(wanting, mtus, shutdown.clone()));
     let mut carrier = Carrier {
         wanted,
+        mtu,
         carried,
         late: Vec::new(),
     };
@@ -123,9 +127,11 @@ async fn a_peer_is_carried_before_the_maps_change_and_one_that_leaves_until_they
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_that_does_not_answer_is_waited_for_once() {
     let (wanted, wanting) = watch::channel(None);
+    let (mtu, mtus) = watch::channel(1_420);
     let (sender, carried) = watch::channel(Carried::default());
     let mut carrier = Carrier {
         wanted,
+        mtu,
         carried,
         late: Vec::new(),
     };
@@ -134,5 +140,5 @@ async fn a_tunnel_that_does_not_answer_is_waited_for_once() {
     assert_eq!(start.elapsed(), PATIENCE);
     carrier.carry(&table(&[1])).await;
     assert_eq!(start.elapsed(), PATIENCE, "the node is not held up again");
-    drop((wanting, sender));
+    drop((wanting, mtus, sender));
 }

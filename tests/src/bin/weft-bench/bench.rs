@@ -13,7 +13,7 @@ use crate::{
     report::{Report, load_average},
     rounds::{Rounds, Watched},
     statistics::{self, Counting, PROGRAMS},
-    tunnel,
+    table, tunnel,
 };
 
 /// The fewest rounds whose interval means something.
@@ -53,6 +53,8 @@ enum Name {
     Datapath,
     /// A VIP on another node.
     Tunnel,
+    /// 10,000 services with 100,000 backends: how long they load, what they weigh.
+    Table,
 }
 
 /// What was measured, what each series is divided by, and what is demanded.
@@ -75,12 +77,14 @@ impl Bench {
             Name::Vip => self.vip()?,
             Name::Datapath => self.datapath()?,
             Name::Tunnel => self.tunnel()?,
+            Name::Table => self.table()?,
         };
         let report = Report {
             bench: match self.name {
                 Name::Vip => "vip",
                 Name::Datapath => "datapath",
                 Name::Tunnel => "tunnel",
+                Name::Table => "table",
             },
             machine: format!(
                 "{}, load average {load} before and {} after",
@@ -203,6 +207,22 @@ impl Bench {
                 ..series
             },
             gates: gate::TUNNEL,
+        })
+    }
+
+    fn table(&self) -> Result<Measured> {
+        let mut figures = Figures::default();
+        table::measure(self.rounds, &mut figures)?;
+        Ok(Measured {
+            figures,
+            reference: |series| Series {
+                case: match series.case {
+                    table::WHOLE => table::ONE,
+                    other => other,
+                },
+                ..series
+            },
+            gates: gate::TABLE,
         })
     }
 }

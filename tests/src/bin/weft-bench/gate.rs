@@ -8,7 +8,7 @@ use crate::{
     case,
     figures::{Figures, Interval, Series},
     load::{Family, Metric},
-    statistics, tunnel,
+    statistics, table, tunnel,
 };
 
 /// One demand.
@@ -29,6 +29,8 @@ enum Against {
     Case(&'static str),
     /// The same over IPv4.
     Ipv4,
+    /// The bound alone.
+    Nothing,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +39,8 @@ enum Bound {
     RatioAtMost(f64),
     /// Units of the metric more than the reference.
     MoreAtMost(f64),
+    /// Units of the metric.
+    AtMost(f64),
 }
 
 /// A gate as it came out.
@@ -126,6 +130,31 @@ pub(crate) const TUNNEL: &[Gate] = &[
     },
 ];
 
+/// `bench table`.
+pub(crate) const TABLE: &[Gate] = &[
+    at_most(table::LOAD, 2_000.0),
+    at_most(table::CHANGE, 20.0),
+    Gate {
+        case: Some(table::WHOLE),
+        metric: Some(table::PACKET),
+        against: Against::Case(table::ONE),
+        bound: Bound::RatioAtMost(1.03),
+        source: SCALE,
+    },
+];
+
+const SCALE: &str = "issue 3, scale";
+
+const fn at_most(metric: &'static str, most: f64) -> Gate {
+    Gate {
+        case: Some(table::WHOLE),
+        metric: Some(metric),
+        against: Against::Nothing,
+        bound: Bound::AtMost(most),
+        source: SCALE,
+    }
+}
+
 /// Every gate whose series were measured, with how it came out.
 pub(crate) fn judge(gates: &[Gate], figures: &Figures) -> Vec<Verdict> {
     let judged = |gate: &Gate| -> Vec<Verdict> {
@@ -144,7 +173,7 @@ impl Gate {
             None => statistics::is_program(series.case),
         };
         let family = match self.against {
-            Against::Case(_) => true,
+            Against::Case(_) | Against::Nothing => true,
             Against::Ipv4 => series.family == Family::Ipv6,
         };
         case && family && self.metric.is_none_or(|metric| metric == series.metric)
@@ -152,24 +181,27 @@ impl Gate {
 
     fn judge(&self, figures: &Figures, own: Series) -> Option<Verdict> {
         let (reference, name) = match self.against {
-            Against::Case(case) => (Series { case, ..own }, case),
+            Against::Case(case) => (Series { case, ..own }, format!(" by {case}")),
             Against::Ipv4 => {
                 let family = Family::Ipv4;
-                (Series { family, ..own }, family.name())
+                (Series { family, ..own }, format!(" by {}", family.name()))
             }
+            Against::Nothing => (own, String::new()),
         };
         let compare = match self.bound {
             Bound::RatioAtLeast(_) | Bound::RatioAtMost(_) => |own: f64, other: f64| own / other,
             Bound::MoreAtMost(_) => |own: f64, other: f64| own - other,
+            Bound::AtMost(_) => |own: f64, _| own,
         };
         let value = figures.compare(own, reference, compare)?;
         let (bound, passes) = match self.bound {
             Bound::RatioAtLeast(least) => (format!(">= {least:.2}"), value.low >= least),
             Bound::RatioAtMost(most) => (format!("<= {most:.2}"), value.high <= most),
             Bound::MoreAtMost(most) => (format!("+{most:.1} at most"), value.high <= most),
+            Bound::AtMost(most) => (format!("<= {most:.0}"), value.high <= most),
         };
         Some(Verdict {
-            gate: format!("{} of {} by {name} {bound}", own.metric, own.case),
+            gate: format!("{} of {}{name} {bound}", own.metric, own.case),
             family: own.family,
             value,
             passes,
@@ -225,6 +257,22 @@ mod tests {
             let verdicts = judge(TUNNEL, &figures);
             assert_eq!(verdicts.len(), 1, "{verdicts:?}");
             assert_eq!(verdicts[0].passes, passes, "{own} {value}");
+        }
+    }
+
+    #[test]
+    fn a_gate_without_a_reference_is_judged_by_its_bound() {
+        for (value, passes) in [(20.0, true), (20.1, false)] {
+            let mut figures = Figures::default();
+            let series = Series {
+                metric: table::CHANGE,
+                family: Family::Ipv4,
+                case: table::WHOLE,
+            };
+            figures.push(series, "ms", value);
+            let verdicts = judge(TABLE, &figures);
+            assert_eq!(verdicts.len(), 1, "{verdicts:?}");
+            assert_eq!(verdicts[0].passes, passes, "{verdicts:?}");
         }
     }
 

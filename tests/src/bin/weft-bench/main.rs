@@ -10,6 +10,7 @@ mod mesh;
 mod report;
 mod rounds;
 mod statistics;
+mod table;
 mod tunnel;
 
 use std::process::ExitCode;
