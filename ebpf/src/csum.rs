@@ -19,6 +19,9 @@ pub(crate) fn difference_of(old: &[u32; 4], new: &[u32; 4]) -> u64 {
         + difference(old[3], new[3])
 }
 
+/// The difference that one hop less makes in an IPv4 header: the time to live is the first octet of its word.
+pub(crate) const HOP: u64 = !u16::from_ne_bytes([1, 0]) as u64;
+
 /// A sum as the 32 bits that the kernel's helpers take.
 #[inline(always)]
 pub(crate) fn fold32(sum: u64) -> u32 {

@@ -1,14 +1,14 @@
 //! The last step: into a local endpoint, or into the tunnel.
 
 use ebpf_common::{
-    layout::{Addr, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint},
+    layout::{Addr, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint, PATH_FLOOR, PATH_PORT},
     reason::Reason,
 };
 
 use crate::{
     address::{self, Name},
-    header::{ETH_P_IP, ETH_P_IPV6, ETHERNET_LEN, Ethernet, TCP_LEN, UDP_LEN},
-    maps,
+    header::{ETH_P_IP, ETH_P_IPV6, ETHERNET_LEN, Ethernet, TCP_SYN},
+    maps, mss,
     parse::{Family, Kind, Packet},
     skb::Skb,
 };
@@ -34,27 +34,62 @@ pub(crate) fn way(config: &Config, family: Family, address: &Addr) -> Result<Way
     }
 }
 
-/// Whether a frame of an endpoint goes that way unfragmented.
+/// Makes a frame of an endpoint fit its way: what is larger than the path carries is refused, with the size in
+/// `packet.path_mtu`; what opens or accepts a connection is told the largest segment.
 #[inline(always)]
-pub(crate) fn fits(skb: &Skb, config: &Config, packet: &Packet, way: Way) -> Result<(), Reason> {
-    let len = match (way, skb.segment_len()) {
-        (Way::Local(_), _) => return Ok(()),
-        (Way::Tunnel, 0) => skb.len() - ETHERNET_LEN as u32,
-        // TCP options make it up to 40 more; the segment size that a stack chooses leaves room for its own.
-        (Way::Tunnel, segment) => {
-            segment
-                + packet.family.len() as u32
-                + match packet.kind {
-                    Kind::Tcp => TCP_LEN as u32,
-                    _ => UDP_LEN as u32,
-                }
-        }
-    };
-    if len <= config.tunnel_mtu {
-        Ok(())
-    } else {
-        Err(Reason::TooBig)
+pub(crate) fn fit(
+    skb: &mut Skb,
+    config: &Config,
+    packet: &mut Packet,
+    way: Way,
+    to: &Addr,
+) -> Result<(), Reason> {
+    if let Way::Local(_) = way {
+        return Ok(());
     }
+    let len = match skb.segment_len() {
+        0 => skb.len() - ETHERNET_LEN as u32,
+        segment => segment + packet.l4() as u32 - ETHERNET_LEN as u32 + packet.l4_len,
+    };
+    if len > PATH_FLOOR {
+        packet.path_mtu = path_mtu(config, to);
+        if len > packet.path_mtu && !(len <= config.tunnel_mtu && measures(config, packet)) {
+            return Err(Reason::TooBig);
+        }
+    }
+    clamp(skb, config, packet, to)
+}
+
+/// Tells a connection with the endpoint `peer` of another node the largest segment that the path carries.
+#[inline(always)]
+pub(crate) fn clamp(
+    skb: &mut Skb,
+    config: &Config,
+    packet: &mut Packet,
+    peer: &Addr,
+) -> Result<(), Reason> {
+    if packet.tcp_flags & TCP_SYN == 0 {
+        return Ok(());
+    }
+    let most = mss::most(packet.family, path_mtu(config, peer));
+    mss::clamp(skb, packet, most)
+}
+
+/// The largest packet that reaches an endpoint of another node.
+#[inline(always)]
+fn path_mtu(config: &Config, address: &Addr) -> u32 {
+    match maps::peer(address) {
+        Some(peer) if peer.mtu >= PATH_FLOOR && peer.mtu < config.tunnel_mtu => peer.mtu,
+        _ => config.tunnel_mtu,
+    }
+}
+
+/// Whether a packet is the node endpoint's probe, by which paths are measured.
+#[inline(always)]
+fn measures(config: &Config, packet: &Packet) -> bool {
+    packet.kind == Kind::Udp
+        && packet.key.dport_be == PATH_PORT.to_be()
+        && packet.key.src == config.node6
 }
 
 /// Sends an Ethernet frame its way.

@@ -7,10 +7,12 @@
 //!
 //! The quote, read backwards, is the key under which packets in the *error's* own direction are found. So an
 //! error is translated as such a packet is, and its quote as the mirror image. The quoted transport checksum is
-//! left alone: receivers match by addresses and ports, and mostly it is not even quoted.
+//! left alone: receivers match by addresses and ports, and mostly it is not even quoted. The quoted headers may
+//! have options or extension headers, as those of any packet; of a fragmented datagram only the first fragment's
+//! quote names a flow.
 
 use ebpf_common::{
-    layout::{Addr, Config, FLOW_FORWARD, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
+    layout::{Addr, Config, FLOW_FORWARD, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
     reason::Reason,
 };
 
@@ -18,9 +20,9 @@ use crate::{
     csum, flow,
     header::{
         ICMP_LEN, ICMP4_ECHO_REPLY, ICMP4_ECHO_REQUEST, ICMP6_ECHO_REPLY, ICMP6_ECHO_REQUEST,
-        IPV4_FRAGMENT, IPV4_PLAIN, Icmp, Ipv4, Ipv6,
+        IPV4_OFFSET, IPV6_LEN, Icmp, Ipv4, Ipv6,
     },
-    parse::{Family, Packet},
+    parse::{Family, Packet, odd},
     skb::{Covers, Skb},
 };
 
@@ -33,10 +35,13 @@ pub(crate) fn translate(
     config: &Config,
     packet: &mut Packet,
 ) -> Result<Option<()>, Reason> {
-    let quote = l2 + packet.family.len() + ICMP_LEN;
-    skb.pull(quote + packet.family.len() + ICMP_LEN);
+    let quote = packet.l4() + ICMP_LEN;
+    skb.pull(quote + odd::DEEPEST);
     packet.quoted = packet.key;
-    let inner = read(skb, quote, packet.family, &mut packet.quoted).ok_or(Reason::Malformed)?;
+    // Where the outer transport header is, is known; from here on the walk's place is the quote's.
+    packet.l4.set(quote);
+    find_transport(skb, packet)?;
+    let carried = ports(skb, packet)?;
     let found = match flow::find(&packet.quoted) {
         // An error goes to whom sent what it quotes.
         Some(found) if packet.quoted.dst == packet.key.dst => found,
@@ -48,7 +53,7 @@ pub(crate) fn translate(
     } else {
         flow::undone(&packet.quoted, flow)
     };
-    rewrite(skb, l2, packet, inner)?;
+    rewrite(skb, l2, quote, packet, carried)?;
     Ok(Some(()))
 }
 
@@ -61,54 +66,75 @@ enum Inner {
     Echo,
 }
 
-/// Reads the quote backwards into `key`.
+/// Reads the IP header that is quoted at `packet.l4`, backwards, and goes on to what follows it.
 #[inline(always)]
-fn read(skb: &Skb, quote: usize, family: Family, key: &mut FlowKey) -> Option<Inner> {
-    match family {
+fn find_transport(skb: &Skb, packet: &mut Packet) -> Result<(), Reason> {
+    let quote = packet.l4();
+    match packet.family {
         Family::V4 => {
-            let ip = skb.header::<Ipv4>(quote)?;
-            if ip.version_ihl != IPV4_PLAIN || u16::from_be(ip.fragment_be) & IPV4_FRAGMENT != 0 {
-                return None;
+            let ip = skb.header::<Ipv4>(quote).ok_or(Reason::Malformed)?;
+            packet.quoted.src = Addr::from_v4_be(ip.dst);
+            packet.quoted.dst = Addr::from_v4_be(ip.src);
+            packet.quoted.proto = ip.proto;
+            if u16::from_be(ip.fragment_be) & IPV4_OFFSET != 0 {
+                return Err(Reason::Fragment);
             }
-            key.src = Addr::from_v4_be(ip.dst);
-            key.dst = Addr::from_v4_be(ip.src);
-            key.proto = ip.proto;
+            packet.l4.set(quote + odd::header4(ip)?);
         }
         Family::V6 => {
-            let ip = skb.header::<Ipv6>(quote)?;
-            key.src = Addr { words: ip.dst };
-            key.dst = Addr { words: ip.src };
-            key.proto = ip.next;
+            let ip = skb.header::<Ipv6>(quote).ok_or(Reason::Malformed)?;
+            packet.quoted.src.words = ip.dst;
+            packet.quoted.dst.words = ip.src;
+            packet.l4.set(quote + IPV6_LEN);
+            packet.next.set(usize::from(ip.next));
+            odd::walk(skb, packet)?;
+            if packet.is_later() {
+                return Err(Reason::Fragment);
+            }
+            packet.quoted.proto = packet.next.get() as u8;
         }
     }
-    let l4 = quote + family.len();
-    match (family, key.proto) {
+    Ok(())
+}
+
+/// Reads the quoted ports, backwards.
+#[inline(always)]
+fn ports(skb: &Skb, packet: &mut Packet) -> Result<Inner, Reason> {
+    let l4 = packet.l4();
+    let key = &mut packet.quoted;
+    match (packet.family, key.proto) {
         (_, PROTO_TCP | PROTO_UDP) => {
-            [key.dport_be, key.sport_be] = *skb.header::<[u16; 2]>(l4)?;
-            Some(Inner::Ports)
+            let ports = skb.header::<[u16; 2]>(l4).ok_or(Reason::Malformed)?;
+            [key.dport_be, key.sport_be] = *ports;
+            Ok(Inner::Ports)
         }
         (Family::V4, PROTO_ICMP) | (Family::V6, PROTO_ICMP6) => {
-            let icmp = skb.header::<Icmp>(l4)?;
-            match (family, icmp.kind) {
+            let icmp = skb.header::<Icmp>(l4).ok_or(Reason::Malformed)?;
+            match (packet.family, icmp.kind) {
                 (Family::V4, ICMP4_ECHO_REQUEST) | (Family::V6, ICMP6_ECHO_REQUEST) => {
                     key.dport_be = icmp.rest[0];
                 }
                 (Family::V4, ICMP4_ECHO_REPLY) | (Family::V6, ICMP6_ECHO_REPLY) => {
                     key.sport_be = icmp.rest[0];
                 }
-                _ => return None,
+                _ => return Err(Reason::Malformed),
             }
-            Some(Inner::Echo)
+            Ok(Inner::Echo)
         }
-        _ => None,
+        _ => Err(Reason::Malformed),
     }
 }
 
 #[inline(always)]
-fn rewrite(skb: &mut Skb, l2: usize, packet: &Packet, carried: Inner) -> Result<(), Reason> {
+fn rewrite(
+    skb: &mut Skb,
+    l2: usize,
+    quote: usize,
+    packet: &Packet,
+    carried: Inner,
+) -> Result<(), Reason> {
     let (key, tuple) = (&packet.quoted, &packet.to);
-    let l4 = l2 + packet.family.len();
-    let quote = l4 + ICMP_LEN;
+    let l4 = quote - ICMP_LEN;
     // Whoever speaks for an end of the flow speaks for it on the other side too; a router keeps its address.
     let src = if packet.key.src == key.src {
         &tuple.src
@@ -134,7 +160,8 @@ fn rewrite(skb: &mut Skb, l2: usize, packet: &Packet, carried: Inner) -> Result<
     match packet.family {
         Family::V4 => {
             let ip = skb.header_mut::<Ipv4>(l2).ok_or(Reason::Internal)?;
-            ip.check = csum::updated(ip.check, outer);
+            ip.check = csum::updated(ip.check, outer + csum::HOP);
+            ip.ttl = ip.ttl.wrapping_sub(1);
             ip.src = src.v4_be();
             ip.dst = dst.v4_be();
             let ip = skb.header_mut::<Ipv4>(quote).ok_or(Reason::Internal)?;
@@ -144,6 +171,7 @@ fn rewrite(skb: &mut Skb, l2: usize, packet: &Packet, carried: Inner) -> Result<
         }
         Family::V6 => {
             let ip = skb.header_mut::<Ipv6>(l2).ok_or(Reason::Internal)?;
+            ip.hops = ip.hops.wrapping_sub(1);
             ip.src = src.words;
             ip.dst = dst.words;
             let ip = skb.header_mut::<Ipv6>(quote).ok_or(Reason::Internal)?;
@@ -151,7 +179,7 @@ fn rewrite(skb: &mut Skb, l2: usize, packet: &Packet, carried: Inner) -> Result<
             ip.dst = tuple.src.words;
         }
     }
-    let l4 = quote + packet.family.len();
+    let l4 = packet.l4();
     match carried {
         Inner::Ports => {
             let ports = skb.header_mut::<[u16; 2]>(l4).ok_or(Reason::Internal)?;

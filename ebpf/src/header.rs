@@ -92,6 +92,8 @@ pub(crate) const ETH_P_IPV6: u16 = 0x86dd;
 pub(crate) const IPV4_PLAIN: u8 = 0x45;
 /// The bits of `Ipv4::fragment_be` that make a packet a fragment: more-fragments and the offset.
 pub(crate) const IPV4_FRAGMENT: u16 = 0x3fff;
+/// Of those the offset, in units of eight bytes.
+pub(crate) const IPV4_OFFSET: u16 = 0x1fff;
 
 pub(crate) const TCP_FIN: u8 = 0x01;
 pub(crate) const TCP_SYN: u8 = 0x02;
@@ -106,6 +108,7 @@ pub(crate) const ICMP4_PARAMETER_PROBLEM: u8 = 12;
 
 pub(crate) const ICMP6_UNREACHABLE: u8 = 1;
 pub(crate) const ICMP6_TOO_BIG: u8 = 2;
+pub(crate) const ICMP6_TIME_EXCEEDED: u8 = 3;
 pub(crate) const ICMP6_PARAMETER_PROBLEM: u8 = 4;
 pub(crate) const ICMP6_ECHO_REQUEST: u8 = 128;
 pub(crate) const ICMP6_ECHO_REPLY: u8 = 129;

@@ -19,10 +19,12 @@ mod csum;
 mod deliver;
 mod error;
 mod flow;
+mod fragment;
 mod header;
 mod hold;
 mod log;
 mod maps;
+mod mss;
 mod parse;
 mod pod;
 mod refuse;
@@ -62,7 +64,7 @@ pub(crate) fn weft_pod(context: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn weft_tunnel(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
-    tunnel::from_tunnel(&mut skb).unwrap_or_else(|reason| lost(&skb, reason))
+    tunnel::from_tunnel(&mut skb).unwrap_or_else(|reason| refused_peer(&mut skb, reason))
 }
 
 /// Counts a packet of an endpoint, and answers it where its sender is owed an answer.
@@ -72,6 +74,16 @@ fn refused(skb: &mut Skb, reason: Reason) -> i32 {
         return lost(skb, reason);
     }
     refuse::answer(skb, reason).map_or_else(|| dropped(reason), |action| counted(reason, action))
+}
+
+/// The same for a packet of the tunnel.
+#[inline(never)]
+fn refused_peer(skb: &mut Skb, reason: Reason) -> i32 {
+    if reason == Reason::Held {
+        return lost(skb, reason);
+    }
+    refuse::answer_peer(skb, reason)
+        .map_or_else(|| dropped(reason), |action| counted(reason, action))
 }
 
 #[inline(always)]

@@ -15,7 +15,10 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use ebpf_common::{
-    layout::{Addr, Backend, Config, Endpoint, Flow, FlowKey, PROGRAM_SLOTS, Vip, VipKey},
+    layout::{
+        Addr, Backend, Config, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PROGRAM_SLOTS, Peer,
+        Vip, VipKey,
+    },
     reason::Reason,
 };
 
@@ -38,6 +41,12 @@ static BACKENDS: Array<Backend> = Array::with_max_entries(16_384, 0);
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(131_072, 0);
 #[map]
 static FLOWS_LRU: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(8192, 0);
+#[map]
+static PEERS: HashMap<Addr, Peer> = HashMap::with_max_entries(16_384, 0);
+#[map]
+static ANSWERS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
 #[map]
@@ -122,6 +131,84 @@ pub(crate) fn now_ns() -> u64 {
 #[inline(always)]
 pub(crate) const fn seconds(ns: u64) -> u32 {
     (ns / 1_000_000_000) as u32
+}
+
+/// What the first fragment of a datagram became.
+#[inline(always)]
+pub(crate) fn fragment(key: &FragmentKey) -> Option<&'static Fragment> {
+    // SAFETY: as for `endpoint`.
+    unsafe { FRAGMENTS.get(key) }
+}
+
+/// Notes what the first fragment of a datagram became.
+#[inline(always)]
+pub(crate) fn put_fragment(key: &FragmentKey, fragment: &Fragment) {
+    // Where the map cannot take it, the later fragments are dropped with their reason.
+    let _ = FRAGMENTS.insert(key, fragment, u64::from(BPF_ANY));
+}
+
+/// The peer that an endpoint address belongs to.
+#[inline(always)]
+pub(crate) fn peer(address: &Addr) -> Option<&'static Peer> {
+    // SAFETY: as for `endpoint`.
+    unsafe { PEERS.get(&address.of_peer()) }
+}
+
+/// How many answers a second one endpoint may make the programs give, and how many at once.
+const ANSWERS_PER_SECOND: u64 = 10_000;
+const ANSWERS_AT_ONCE: u64 = 2_000;
+
+/// Whether an endpoint (0: the tunnel) is answered once more: a bucket of [`ANSWERS_AT_ONCE`] that fills with
+/// [`ANSWERS_PER_SECOND`], kept as the time at which it would be full.
+#[inline(always)]
+pub(crate) fn spend_answer(endpoint: u32) -> bool {
+    const COST_NS: u64 = 1_000_000_000 / ANSWERS_PER_SECOND;
+    let now = now_ns();
+    let Some(full) = ANSWERS.get_ptr_mut(endpoint) else {
+        // A table that takes no entry leaves an endpoint unbounded, not unanswered.
+        let _ = ANSWERS.insert(endpoint, now + COST_NS, u64::from(BPF_ANY));
+        return true;
+    };
+    // SAFETY: the lookup returned it, so it is an aligned word of map memory; two CPUs that race lose one answer's
+    // cost.
+    let at = unsafe { full.read_volatile() };
+    if at > now + ANSWERS_AT_ONCE * COST_NS {
+        return false;
+    }
+    let from = if at > now { at } else { now };
+    // SAFETY: as above.
+    unsafe { full.write_volatile(from + COST_NS) }
+    true
+}
+
+/// Zeroes words one by one: of zeroes side by side the compiler makes a call that loops over octets.
+#[inline(always)]
+pub(crate) fn clear<const N: usize>(words: [&mut u32; N]) {
+    for word in words {
+        // SAFETY: a valid reference.
+        unsafe { (word as *mut u32).write_volatile(0) }
+    }
+}
+
+/// A number that a loop carries in map memory, so that the verifier sees the same state at every step of it: some
+/// number. What is read is bounded where it is used.
+#[repr(transparent)]
+pub(crate) struct Cursor(u32);
+
+impl Cursor {
+    /// The number.
+    #[inline(always)]
+    pub(crate) fn get(&self) -> usize {
+        // SAFETY: a valid reference; volatile keeps the compiler from carrying the number in a register.
+        unsafe { (&raw const self.0).read_volatile() as usize }
+    }
+
+    /// Makes it another.
+    #[inline(always)]
+    pub(crate) fn set(&mut self, value: usize) {
+        // SAFETY: as for `get`.
+        unsafe { (&raw mut self.0).write_volatile(value as u32) }
+    }
 }
 
 /// A flow entry in map memory.

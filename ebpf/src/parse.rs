@@ -1,7 +1,10 @@
 //! What a packet says, as a flow key.
 //!
-//! Only plain headers pass: IPv4 without options, IPv6 without extension headers, no fragments. So the transport
-//! header stands at one of two offsets, and everything after this file can rely on it.
+//! Plain headers are read here: IPv4 without options, IPv6 without extension headers, no fragments. What is not
+//! plain is walked in [`odd`]; after that nothing depends on it but the place of the transport header
+//! ([`Packet::l4`]), and that a later fragment has none ([`Packet::is_later`]).
+
+pub(crate) mod odd;
 
 use ebpf_common::{
     layout::{Addr, Flow, FlowKey, LOG_MARK, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
@@ -16,6 +19,7 @@ use crate::{
         IPV4_PLAIN, IPV6_LEN, Icmp, Ipv4, Ipv6, TCP_ACK, TCP_FIN, TCP_LEN, TCP_RST, TCP_SYN, Tcp,
         UDP_LEN, Udp,
     },
+    maps::{self, Cursor},
     skb::Skb,
     translate::Tuple,
 };
@@ -77,9 +81,23 @@ pub(crate) enum Kind {
     IcmpError,
 }
 
+/// Which part of a datagram a packet is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Part {
+    /// All of it.
+    Whole,
+    /// The first fragment, with all headers.
+    First,
+    /// A fragment without a transport header that is not the last.
+    Later,
+    /// The last fragment.
+    Last,
+}
+
 /// A packet's tuple and what its flow needs to know of it. It lives in a map ([`crate::maps::scratch`]).
 pub(crate) struct Packet {
-    /// The tuple; `endpoint` and `direction` are the caller's to set.
+    /// The tuple; `endpoint` and `direction` are the caller's to set. A later fragment has no ports.
     pub(crate) key: FlowKey,
     /// Whether addresses and protocol in `key` are this packet's: 0 or 1.
     pub(crate) known: u32,
@@ -91,7 +109,11 @@ pub(crate) struct Packet {
     /// Whether it carries [`LOG_MARK`]: 0 or 1.
     pub(crate) marked: u32,
     pub(crate) family: Family,
+    /// Of a later fragment: nothing that can be relied on.
     pub(crate) kind: Kind,
+    pub(crate) part: Part,
+    /// Time to live or hop limit.
+    pub(crate) hops: u8,
     /// TCP's flags; 0 for the others.
     pub(crate) tcp_flags: u8,
     /// TCP's sequence number; 0 for the others.
@@ -100,7 +122,26 @@ pub(crate) struct Packet {
     pub(crate) to: Tuple,
     /// For an ICMP error: the key of the flow that it is about.
     pub(crate) quoted: FlowKey,
+    /// Where the IP packet ends, an offset as every other.
+    pub(crate) end: u32,
+    /// Length of the transport header, bytes.
+    pub(crate) l4_len: u32,
+    /// Of a fragment: where its bytes belong in the datagram, and the datagram's identification.
+    pub(crate) offset: u32,
+    pub(crate) id_be: u32,
+    /// What the path of a packet that is too big for it carries, bytes.
+    pub(crate) path_mtu: u32,
+    /// Where the transport header is, or the data of a later fragment.
+    pub(crate) l4: Cursor,
+    /// For walks: the kind of the next header, a place among options.
+    pub(crate) next: Cursor,
+    pub(crate) at: Cursor,
+    /// Bytes of the packet that an answer quotes.
+    pub(crate) quote: [u8; QUOTE_MOST],
 }
+
+/// The longest quote of an answer: an IPv6 header with a chain, and a TCP header.
+pub(crate) const QUOTE_MOST: usize = odd::DEEPEST;
 
 impl Packet {
     /// A TCP segment that opens a connection.
@@ -120,17 +161,40 @@ impl Packet {
     pub(crate) const fn closes(&self) -> bool {
         self.tcp_flags & (TCP_FIN | TCP_RST) != 0
     }
+
+    /// The offset of the transport header; a bound that the verifier knows is part of it.
+    #[inline(always)]
+    pub(crate) fn l4(&self) -> usize {
+        self.l4.get() & odd::FURTHEST
+    }
+
+    /// Notes that the packet goes on as it is, as far as is known yet.
+    #[inline(always)]
+    pub(crate) fn stays(&mut self) {
+        if self.part == Part::First {
+            self.to.src = self.key.src;
+            self.to.dst = self.key.dst;
+        }
+    }
+
+    /// A fragment without transport header.
+    #[inline(always)]
+    pub(crate) const fn is_later(&self) -> bool {
+        matches!(self.part, Part::Later | Part::Last)
+    }
 }
 
 impl Packet {
     /// Nothing is known of the packet that comes now.
     #[inline(always)]
     pub(crate) fn begin(&mut self) {
-        self.sender = 0;
-        self.marked = 0;
-        self.known = 0;
-        self.counter = 0;
-        self.backend = 0;
+        maps::clear([
+            &mut self.sender,
+            &mut self.marked,
+            &mut self.known,
+            &mut self.counter,
+            &mut self.backend,
+        ]);
     }
 
     /// Notes for whom it is counted.
@@ -142,25 +206,28 @@ impl Packet {
 
     /// Reads the headers from `l2` on, the offset of the IP header.
     #[inline(always)]
-    pub(crate) fn read(&mut self, skb: &Skb, l2: usize, family: Family) -> Result<(), Reason> {
+    pub(crate) fn read(&mut self, skb: &mut Skb, l2: usize, family: Family) -> Result<(), Reason> {
         self.key.sport_be = 0;
         self.key.dport_be = 0;
         self.key.pad = 0;
         self.family = family;
+        self.part = Part::Whole;
         self.tcp_flags = 0;
         self.seq_be = 0;
-        let payload = match family {
+        match family {
             Family::V4 => ipv4(skb, l2, self)?,
             Family::V6 => ipv6(skb, l2, self)?,
-        };
+        }
         self.known = 1;
-        let l4 = l2 + family.len();
+        if self.is_later() {
+            self.kind = Kind::Udp;
+            return Ok(());
+        }
         match (family, self.key.proto) {
-            (_, PROTO_TCP) => tcp(skb, l4, payload, self),
-            (_, PROTO_UDP) => udp(skb, l4, payload, self),
-            (Family::V4, PROTO_ICMP) | (Family::V6, PROTO_ICMP6) => icmp(skb, l4, payload, self),
-            (Family::V6, next) => Err(unwalked(next)),
-            (Family::V4, _) => Err(Reason::Protocol),
+            (_, PROTO_TCP) => tcp(skb, self),
+            (_, PROTO_UDP) => udp(skb, self),
+            (Family::V4, PROTO_ICMP) | (Family::V6, PROTO_ICMP6) => icmp(skb, self),
+            _ => Err(Reason::Protocol),
         }
     }
 }
@@ -171,40 +238,36 @@ fn available(skb: &Skb, l2: usize) -> usize {
     (skb.len() as usize).wrapping_sub(l2)
 }
 
-/// Reads the IP header; the length of what follows it.
+/// Reads the IP header.
 #[inline(always)]
-fn ipv4(skb: &Skb, l2: usize, packet: &mut Packet) -> Result<usize, Reason> {
+fn ipv4(skb: &mut Skb, l2: usize, packet: &mut Packet) -> Result<(), Reason> {
     let ip = skb.header::<Ipv4>(l2).ok_or(Reason::Malformed)?;
-    let total = usize::from(u16::from_be(ip.total_be));
-    // Multicast and broadcast are no place in a mesh; told apart first, because IGMP comes with options.
+    // Multicast and broadcast are no place in a mesh.
     if ip.dst.to_ne_bytes()[0] >= 224 {
         return Err(Reason::NotMesh);
     }
-    if ip.version_ihl != IPV4_PLAIN {
-        return Err(if ip.version_ihl >> 4 == 4 && ip.version_ihl & 15 > 5 {
-            Reason::HeaderChain
-        } else {
-            Reason::Malformed
-        });
-    }
-    if u16::from_be(ip.fragment_be) & IPV4_FRAGMENT != 0 {
-        return Err(Reason::Fragment);
-    }
+    let total = usize::from(u16::from_be(ip.total_be));
     if total > available(skb, l2) || total < IPV4_LEN {
         return Err(Reason::Malformed);
     }
     packet.key.src = Addr::from_v4_be(ip.src);
     packet.key.dst = Addr::from_v4_be(ip.dst);
     packet.key.proto = ip.proto;
-    Ok(total - IPV4_LEN)
+    packet.hops = ip.ttl;
+    packet.end = (l2 + total) as u32;
+    if ip.version_ihl == IPV4_PLAIN && u16::from_be(ip.fragment_be) & IPV4_FRAGMENT == 0 {
+        packet.l4.set(l2 + IPV4_LEN);
+        return Ok(());
+    }
+    odd::ipv4(skb, l2, packet)
 }
 
-/// Reads the IP header; the length of what follows it.
+/// Reads the IP header.
 #[inline(always)]
-fn ipv6(skb: &Skb, l2: usize, packet: &mut Packet) -> Result<usize, Reason> {
+fn ipv6(skb: &mut Skb, l2: usize, packet: &mut Packet) -> Result<(), Reason> {
     let ip = skb.header::<Ipv6>(l2).ok_or(Reason::Malformed)?;
-    let payload = usize::from(u16::from_be(ip.payload_be));
-    if ip.version_be.to_ne_bytes()[0] >> 4 != 6 || payload + IPV6_LEN > available(skb, l2) {
+    let total = IPV6_LEN + usize::from(u16::from_be(ip.payload_be));
+    if ip.version_be.to_ne_bytes()[0] >> 4 != 6 || total > available(skb, l2) {
         return Err(Reason::Malformed);
     }
     // Multicast, as above: neighbour and listener discovery are what every IPv6 link chatters.
@@ -214,26 +277,43 @@ fn ipv6(skb: &Skb, l2: usize, packet: &mut Packet) -> Result<usize, Reason> {
     packet.key.src.words = ip.src;
     packet.key.dst.words = ip.dst;
     packet.key.proto = ip.next;
-    Ok(payload)
+    packet.hops = ip.hops;
+    packet.end = (l2 + total) as u32;
+    if matches!(ip.next, PROTO_TCP | PROTO_UDP | PROTO_ICMP6) {
+        packet.l4.set(l2 + IPV6_LEN);
+        return Ok(());
+    }
+    packet.next.set(usize::from(ip.next));
+    odd::ipv6(skb, l2, packet)
 }
 
-/// Why an IPv6 next header is not walked.
+/// Bytes after the IP header and what belongs to it.
 #[inline(always)]
-const fn unwalked(next: u8) -> Reason {
-    match next {
-        44 => Reason::Fragment,
-        // Hop-by-hop, routing, authentication, destination options, mobility, HIP, shim6 (IANA).
-        0 | 43 | 51 | 60 | 135 | 139 | 140 => Reason::HeaderChain,
-        _ => Reason::Protocol,
+fn payload(packet: &Packet) -> usize {
+    packet.end.wrapping_sub(packet.l4() as u32) as usize
+}
+
+/// Why a transport header that is not all there is refused: in a first fragment somebody hides the rest of it.
+#[inline(always)]
+fn cut_short(packet: &Packet) -> Reason {
+    match packet.part {
+        Part::Whole => Reason::Malformed,
+        _ => Reason::Fragment,
     }
 }
 
 #[inline(always)]
-fn tcp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(), Reason> {
-    let tcp = skb.header::<Tcp>(l4).ok_or(Reason::Malformed)?;
+fn tcp(skb: &Skb, packet: &mut Packet) -> Result<(), Reason> {
+    let payload = payload(packet);
+    let tcp = skb
+        .header::<Tcp>(packet.l4())
+        .ok_or_else(|| cut_short(packet))?;
     let header = usize::from(tcp.offset >> 4) * 4;
-    if header < TCP_LEN || header > payload {
+    if header < TCP_LEN {
         return Err(Reason::Malformed);
+    }
+    if header > payload {
+        return Err(cut_short(packet));
     }
     packet.kind = Kind::Tcp;
     packet.key.sport_be = tcp.sport_be;
@@ -248,29 +328,41 @@ fn tcp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(), 
         };
         packet.marked = u32::from(u32::from_be(number_be) >> 16 == u32::from(LOG_MARK));
     }
+    packet.l4_len = header as u32;
     Ok(())
 }
 
 #[inline(always)]
-fn udp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(), Reason> {
-    let udp = skb.header::<Udp>(l4).ok_or(Reason::Malformed)?;
+fn udp(skb: &Skb, packet: &mut Packet) -> Result<(), Reason> {
+    let payload = payload(packet);
+    let udp = skb
+        .header::<Udp>(packet.l4())
+        .ok_or_else(|| cut_short(packet))?;
     let len = usize::from(u16::from_be(udp.len_be));
-    // An aggregate of several datagrams has a length of its own.
-    if skb.segment_len() == 0 && (len < UDP_LEN || len > payload) {
+    // An aggregate of several datagrams has a length of its own, and the first fragment that of the whole.
+    if payload < UDP_LEN {
+        return Err(cut_short(packet));
+    }
+    if packet.part == Part::Whole && skb.segment_len() == 0 && (len < UDP_LEN || len > payload) {
         return Err(Reason::Malformed);
     }
     packet.kind = Kind::Udp;
     packet.key.sport_be = udp.sport_be;
     packet.key.dport_be = udp.dport_be;
+    packet.l4_len = UDP_LEN as u32;
     Ok(())
 }
 
 #[inline(always)]
-fn icmp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(), Reason> {
-    let icmp = skb.header::<Icmp>(l4).ok_or(Reason::Malformed)?;
+fn icmp(skb: &Skb, packet: &mut Packet) -> Result<(), Reason> {
+    let payload = payload(packet);
+    let icmp = skb
+        .header::<Icmp>(packet.l4())
+        .ok_or_else(|| cut_short(packet))?;
     if payload < ICMP_LEN {
-        return Err(Reason::Malformed);
+        return Err(cut_short(packet));
     }
+    packet.l4_len = ICMP_LEN as u32;
     packet.kind = match (packet.family, icmp.kind) {
         (Family::V4, ICMP4_ECHO_REQUEST) | (Family::V6, ICMP6_ECHO_REQUEST) => Kind::EchoRequest,
         (Family::V4, ICMP4_ECHO_REPLY) | (Family::V6, ICMP6_ECHO_REPLY) => Kind::EchoReply,
@@ -278,6 +370,10 @@ fn icmp(skb: &Skb, l4: usize, payload: usize, packet: &mut Packet) -> Result<(),
         | (Family::V6, ICMP6_UNREACHABLE..=ICMP6_PARAMETER_PROBLEM) => Kind::IcmpError,
         _ => return Err(Reason::Protocol),
     };
+    // What it quotes is all in the first packet; errors are never larger than every path carries.
+    if packet.kind == Kind::IcmpError && packet.part != Part::Whole {
+        return Err(Reason::Fragment);
+    }
     match packet.kind {
         Kind::EchoRequest => packet.key.sport_be = icmp.rest[0],
         Kind::EchoReply => packet.key.dport_be = icmp.rest[0],

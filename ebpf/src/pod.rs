@@ -10,10 +10,10 @@ use crate::{
     address::{self, Name},
     count,
     deliver::{self, Way},
-    error, flow,
+    error, flow, fragment,
     header::{ETHERNET_LEN, TCP_LEN},
     hold, log, maps,
-    parse::{Family, Kind, Packet},
+    parse::{Family, Kind, Packet, Part},
     skb::Skb,
     translate, vip,
 };
@@ -33,6 +33,33 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
     if name != Name::Foreign && packet.key.src != own_address(endpoint, family) {
         return Err(Reason::SpoofedSource);
     }
+    if name == Name::Foreign {
+        return Err(Reason::NotMesh);
+    }
+    if packet.hops <= 1 {
+        return Err(Reason::HopLimit);
+    }
+    if packet.is_later() {
+        return later_fragment(skb, config, endpoint, packet);
+    }
+    packet.stays();
+    let action = forward(skb, config, endpoint, packet, name)?;
+    if packet.part == Part::First {
+        fragment::remember(packet, endpoint.number);
+    }
+    Ok(action)
+}
+
+/// A packet that has a transport header.
+#[inline(always)]
+fn forward(
+    skb: &mut Skb,
+    config: &Config,
+    endpoint: &Endpoint,
+    packet: &mut Packet,
+    name: Name,
+) -> Result<i32, Reason> {
+    let family = packet.family;
     match name {
         Name::Foreign => Err(Reason::NotMesh),
         Name::Vip(_) if packet.kind == Kind::IcmpError => {
@@ -45,7 +72,8 @@ pub(crate) fn from_endpoint(skb: &mut Skb) -> Result<i32, Reason> {
         Name::Vip(policy) => {
             vip::resolve(config, endpoint, packet, policy)?;
             let way = deliver::way(config, family, &packet.to.dst)?;
-            deliver::fits(skb, config, packet, way)?;
+            let to = packet.to.dst;
+            deliver::fit(skb, config, packet, way, &to)?;
             translate::translate(skb, ETHERNET_LEN, packet)?;
             count::passed(skb, ETHERNET_LEN, packet);
             send(skb, config, packet, way)
@@ -68,7 +96,10 @@ fn to_endpoint(
         packet.key.endpoint = receiver.number;
         return match error::translate(skb, ETHERNET_LEN, config, packet)? {
             Some(_) => back(skb, config, packet, way),
-            None => send(skb, config, packet, way),
+            None => {
+                translate::pass(skb, ETHERNET_LEN, packet.family)?;
+                send(skb, config, packet, way)
+            }
         };
     }
     if let Way::Local(receiver) = way
@@ -83,7 +114,26 @@ fn to_endpoint(
         return Err(Reason::Held);
     }
     admit(endpoint, packet, way)?;
-    deliver::fits(skb, config, packet, way)?;
+    let to = packet.key.dst;
+    deliver::fit(skb, config, packet, way, &to)?;
+    translate::pass(skb, ETHERNET_LEN, packet.family)?;
+    send(skb, config, packet, way)
+}
+
+/// A fragment that goes where its first one went.
+#[inline(always)]
+fn later_fragment(
+    skb: &mut Skb,
+    config: &Config,
+    endpoint: &Endpoint,
+    packet: &mut Packet,
+) -> Result<i32, Reason> {
+    fragment::recall(packet, endpoint.number)?;
+    let to = packet.to.dst;
+    let way = deliver::way(config, packet.family, &to)?;
+    deliver::fit(skb, config, packet, way, &to)?;
+    translate::readdress(skb, ETHERNET_LEN, packet)?;
+    count::passed(skb, ETHERNET_LEN, packet);
     send(skb, config, packet, way)
 }
 

@@ -1,28 +1,26 @@
 //! What a sender hears of a packet that goes nowhere: a TCP reset or an ICMP error at once, so that nobody
-//! waits for a timeout. The answer is made of the packet itself and goes back to the link that it came from.
+//! waits for a timeout. The answer is made of the packet itself and goes back to the link that it came from. How many
+//! answers one endpoint causes is bounded ([`maps::spend_answer`]); a later fragment and an ICMP message that is no
+//! echo request are never answered (RFC 1122 3.2.2).
 
 mod reset;
 mod unreachable;
 
-use ebpf_common::{
-    layout::{Config, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP},
-    reason::Reason,
-};
+use ebpf_common::reason::Reason;
 
 use self::unreachable::Error;
 use crate::{
     csum,
-    header::{
-        ETHERNET_LEN, Ethernet, ICMP4_ECHO_REQUEST, ICMP6_ECHO_REQUEST, IPV4_LEN, IPV4_PLAIN, Icmp,
-        Ipv4, Ipv6,
-    },
+    header::{ETHERNET_LEN, Ethernet, IPV4_LEN, IPV4_PLAIN, Ipv4, Ipv6},
     maps,
-    parse::Family,
+    parse::{Kind, Packet},
     skb::Skb,
 };
 
 /// Hop count of packets that a program makes (RFC 1340's recommendation).
 const HOPS: u8 = 64;
+/// Who is answered through the tunnel, for the bound.
+const TUNNEL: u32 = 0;
 
 /// What is said for a reason.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,6 +31,8 @@ enum Answer {
     Refused,
     /// The packet is too big for its path.
     TooBig,
+    /// It has gone far enough.
+    Expired,
 }
 
 #[inline(always)]
@@ -49,6 +49,7 @@ const fn answer_to(reason: Reason) -> Answer {
         | Reason::DirectEndpoint
         | Reason::NoEndpoint => Answer::Refused,
         Reason::TooBig => Answer::TooBig,
+        Reason::HopLimit => Answer::Expired,
         _ => Answer::Silence,
     }
 }
@@ -60,41 +61,51 @@ pub(crate) fn answer(skb: &mut Skb, reason: Reason) -> Option<i32> {
     if answer == Answer::Silence {
         return None;
     }
+    let packet = maps::scratch().ok()?;
     let config = maps::config().ok()?;
-    let family = Family::of_frame(skb).ok()?;
-    let proto = match family {
-        Family::V4 => skb.header::<Ipv4>(ETHERNET_LEN)?.proto,
-        Family::V6 => skb.header::<Ipv6>(ETHERNET_LEN)?.next,
-    };
-    if proto == PROTO_TCP && answer == Answer::Refused {
-        reset::reset(skb, family)?;
+    let sender = maps::endpoint(skb.ifindex())?.number;
+    let plain = ETHERNET_LEN + packet.family.len();
+    if packet.is_later() || !maps::spend_answer(sender) {
+        return None;
+    }
+    // A reset stands where the transport header of a packet with options would have to go on standing.
+    if packet.kind == Kind::Tcp && answer == Answer::Refused && packet.l4() == plain {
+        reset::reset(skb, packet)?;
     } else {
-        let error = error_for(skb, config, family, proto, answer)?;
-        unreachable::quote(skb, config, family, error)?;
+        let error = error_for(packet, answer)?;
+        unreachable::quote(skb, ETHERNET_LEN, config, packet, error)?;
+        turn_frame(skb)?;
     }
     Some(skb.redirect(skb.ifindex()))
 }
 
+/// Answers the remote endpoint whose packet came out of the tunnel with its last hop used up, so that a trace of its
+/// route shows this node.
+#[inline(always)]
+pub(crate) fn answer_peer(skb: &mut Skb, reason: Reason) -> Option<i32> {
+    if answer_to(reason) != Answer::Expired || skb.segment_len() != 0 {
+        return None;
+    }
+    let packet = maps::scratch().ok()?;
+    let config = maps::config().ok()?;
+    if packet.is_later() || !maps::spend_answer(TUNNEL) {
+        return None;
+    }
+    let error = error_for(packet, Answer::Expired)?;
+    unreachable::quote(skb, 0, config, packet, error)?;
+    Some(skb.redirect(config.tunnel_ifindex))
+}
+
 /// The ICMP error for a packet; `None` for ICMP that is no echo request (RFC 1122 3.2.2, RFC 4443 2.4).
 #[inline(always)]
-fn error_for(
-    skb: &Skb,
-    config: &Config,
-    family: Family,
-    proto: u8,
-    answer: Answer,
-) -> Option<Error> {
-    let echo = skb
-        .header::<Icmp>(ETHERNET_LEN + family.len())
-        .is_some_and(|icmp| match family {
-            Family::V4 => icmp.kind == ICMP4_ECHO_REQUEST,
-            Family::V6 => icmp.kind == ICMP6_ECHO_REQUEST,
-        });
-    match (family, proto) {
-        (Family::V4, PROTO_ICMP) | (Family::V6, PROTO_ICMP6) if !echo => None,
-        _ if answer == Answer::TooBig => Some(Error::too_big(family, config.tunnel_mtu)),
-        (_, PROTO_UDP) => Some(Error::port(family)),
-        _ => Some(Error::host(family)),
+fn error_for(packet: &Packet, answer: Answer) -> Option<Error> {
+    let family = packet.family;
+    match (answer, packet.kind) {
+        (Answer::Silence, _) | (_, Kind::EchoReply | Kind::IcmpError) => None,
+        (Answer::TooBig, _) => Some(Error::too_big(family, packet.path_mtu)),
+        (Answer::Expired, _) => Some(Error::expired(family)),
+        (Answer::Refused, Kind::Tcp | Kind::Udp) => Some(Error::port(family)),
+        (Answer::Refused, Kind::EchoRequest) => Some(Error::host(family)),
     }
 }
 

@@ -7,8 +7,8 @@
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_REDIRECT},
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_change_head,
-        bpf_skb_change_tail, bpf_skb_change_type,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_change_head,
+        bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -34,6 +34,8 @@ unsafe impl Header for Tcp {}
 unsafe impl Header for Udp {}
 // SAFETY: as above.
 unsafe impl Header for Icmp {}
+// SAFETY: an array of integers.
+unsafe impl<const N: usize> Header for [u8; N] {}
 // SAFETY: an array of integers.
 unsafe impl<const N: usize> Header for [u16; N] {}
 // SAFETY: an array of integers.
@@ -96,6 +98,15 @@ impl Skb {
         // SAFETY: `offset..offset + size` lies in the packet, `T` is plain data, and the borrow of `self` ends
         // before anything can move the packet. For the alignment see `header.rs`.
         Some(unsafe { &*(start as *const T) })
+    }
+
+    /// The octet at `offset`. It is copied: from a comparison that leaves one octet before the packet's end the
+    /// verifier learns nothing.
+    #[inline(always)]
+    pub(crate) fn octet(&self, offset: usize) -> Option<u8> {
+        let mut octet = [0];
+        self.load(offset, &mut octet)?;
+        Some(octet[0])
     }
 
     /// The header at `offset`, to be written.
@@ -167,6 +178,37 @@ impl Skb {
         }
     }
 
+    /// Copies `to.len()` bytes of the packet from `offset` on.
+    #[inline(always)]
+    pub(crate) fn load(&self, offset: usize, to: &mut [u8]) -> Option<()> {
+        // SAFETY: the context is valid; `to` is writable for its length; the kernel checks offset and length.
+        let result = unsafe {
+            bpf_skb_load_bytes(
+                self.0.skb.skb.cast(),
+                offset as u32,
+                to.as_mut_ptr().cast(),
+                to.len() as u32,
+            )
+        };
+        (result == 0).then_some(())
+    }
+
+    /// Writes bytes into the packet from `offset` on.
+    #[inline(always)]
+    pub(crate) fn store(&mut self, offset: usize, from: &[u8]) -> Option<()> {
+        // SAFETY: the context is valid; `from` is readable for its length; the kernel checks offset and length.
+        let result = unsafe {
+            bpf_skb_store_bytes(
+                self.0.skb.skb,
+                offset as u32,
+                from.as_ptr().cast(),
+                from.len() as u32,
+                0,
+            )
+        };
+        (result == 0).then_some(())
+    }
+
     /// Makes room for `len` bytes before the first header.
     #[inline(always)]
     pub(crate) fn grow_head(&mut self, len: usize) -> Result<(), Reason> {
@@ -208,6 +250,22 @@ impl Skb {
         // SAFETY: takes numbers only.
         unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
     }
+}
+
+/// The sum of `bytes`, whose length is a multiple of four.
+#[inline(always)]
+pub(crate) fn sum_of(bytes: &[u8]) -> u64 {
+    // SAFETY: `bytes` is readable for its length, and the helper writes nothing.
+    let sum = unsafe {
+        bpf_csum_diff(
+            core::ptr::null_mut(),
+            0,
+            bytes.as_ptr().cast_mut().cast(),
+            bytes.len() as u32,
+            0,
+        )
+    };
+    sum as u64 & 0xffff_ffff
 }
 
 /// For [`Skb::add_to_checksum`]: a zero UDP checksum is none and stays so, and none becomes zero (RFC 768).

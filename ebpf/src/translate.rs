@@ -1,7 +1,11 @@
 //! Writes another tuple into a packet, with the checksums that follow from it.
 //!
 //! Undoing a translation gives the packet that was sent, bit for bit (I3): nothing but addresses, ports (or the
-//! echo identifier) and their checksums is touched, so DSCP, ECN, TTL and payload stay.
+//! echo identifier) and their checksums is touched, so DSCP, ECN and payload stay. The exception is the time to live:
+//! each program is a router on the way and takes one hop off, translated or not.
+//!
+//! Only the first fragment of a datagram has its checksum, over all of it: the difference is added there, and the
+//! later ones have other addresses only.
 
 use ebpf_common::{layout::Addr, reason::Reason};
 
@@ -29,7 +33,7 @@ pub(crate) fn translate(skb: &mut Skb, l2: usize, packet: &Packet) -> Result<(),
     let addresses = csum::difference_of(&packet.key.src.words, &tuple.src.words)
         + csum::difference_of(&packet.key.dst.words, &tuple.dst.words);
     let ports = ports_difference(packet, tuple);
-    let l4 = l2 + packet.family.len();
+    let l4 = packet.l4();
     let (check, udp) = match packet.kind {
         Kind::Tcp => (16, 0),
         Kind::Udp => (6, UDP_CHECKSUM),
@@ -45,6 +49,32 @@ pub(crate) fn translate(skb: &mut Skb, l2: usize, packet: &Packet) -> Result<(),
     write_addresses(skb, l2, packet.family, tuple, addresses)?;
     if ports != 0 {
         write_ports(skb, l4, packet.kind, tuple)?;
+    }
+    Ok(())
+}
+
+/// Gives a later fragment the addresses that its first one got.
+#[inline(always)]
+pub(crate) fn readdress(skb: &mut Skb, l2: usize, packet: &Packet) -> Result<(), Reason> {
+    let tuple = &packet.to;
+    let addresses = csum::difference_of(&packet.key.src.words, &tuple.src.words)
+        + csum::difference_of(&packet.key.dst.words, &tuple.dst.words);
+    write_addresses(skb, l2, packet.family, tuple, addresses)
+}
+
+/// Takes a hop off a packet that goes on as it is.
+#[inline(always)]
+pub(crate) fn pass(skb: &mut Skb, l2: usize, family: Family) -> Result<(), Reason> {
+    match family {
+        Family::V4 => {
+            let ip = skb.header_mut::<Ipv4>(l2).ok_or(Reason::Internal)?;
+            ip.check = csum::updated(ip.check, csum::HOP);
+            ip.ttl = ip.ttl.wrapping_sub(1);
+        }
+        Family::V6 => {
+            let ip = skb.header_mut::<Ipv6>(l2).ok_or(Reason::Internal)?;
+            ip.hops = ip.hops.wrapping_sub(1);
+        }
     }
     Ok(())
 }
@@ -71,12 +101,14 @@ fn write_addresses(
     match family {
         Family::V4 => {
             let ip = skb.header_mut::<Ipv4>(l2).ok_or(Reason::Internal)?;
-            ip.check = csum::updated(ip.check, difference);
+            ip.check = csum::updated(ip.check, difference + csum::HOP);
+            ip.ttl = ip.ttl.wrapping_sub(1);
             ip.src = tuple.src.v4_be();
             ip.dst = tuple.dst.v4_be();
         }
         Family::V6 => {
             let ip = skb.header_mut::<Ipv6>(l2).ok_or(Reason::Internal)?;
+            ip.hops = ip.hops.wrapping_sub(1);
             ip.src = tuple.src.words;
             ip.dst = tuple.dst.words;
         }

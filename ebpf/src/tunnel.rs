@@ -9,13 +9,16 @@ use crate::{
     address::{self, Name},
     count,
     deliver::{self, Way},
-    error, flow,
+    error, flow, fragment,
     header::TCP_LEN,
     hold, log, maps,
-    parse::{Family, Kind},
+    parse::{Family, Kind, Part},
     skb::Skb,
     translate,
 };
+
+/// Who sends fragments that come out of the tunnel.
+const TUNNEL: u32 = 0;
 
 /// Decides about one packet without Ethernet header; the result is the TC action of a packet on its way.
 #[inline(always)]
@@ -32,17 +35,38 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
         return Err(Reason::TunnelSource);
     }
     let endpoint = maps::local(&packet.key.dst).ok_or(Reason::TunnelDestination)?;
+    if packet.hops <= 1 {
+        return Err(Reason::HopLimit);
+    }
+    if packet.is_later() {
+        fragment::recall(packet, TUNNEL)?;
+        translate::readdress(skb, 0, packet)?;
+        count::passed(skb, 0, packet);
+        log::passed(packet, Way::Local(endpoint));
+        return deliver::packet(skb, family, endpoint);
+    }
+    packet.stays();
+    let peer = packet.key.src;
+    deliver::clamp(skb, config, packet, &peer)?;
     if packet.kind == Kind::IcmpError {
         packet.key.direction = FLOW_REVERSE;
         packet.key.endpoint = endpoint.number;
-        error::translate(skb, 0, config, packet)?;
+        if error::translate(skb, 0, config, packet)?.is_none() {
+            translate::pass(skb, 0, family)?;
+        }
     } else if flow::undo(packet, endpoint.number, 0).is_some() {
         translate::translate(skb, 0, packet)?;
         count::passed(skb, 0, packet);
     } else if hold::is_on(config, CONFIG_HOLD_UNKNOWN) {
         return Err(Reason::Held);
-    } else if packet.kind == Kind::Udp {
-        flow::note_inbound(packet, endpoint.number);
+    } else {
+        if packet.kind == Kind::Udp {
+            flow::note_inbound(packet, endpoint.number);
+        }
+        translate::pass(skb, 0, family)?;
+    }
+    if packet.part == Part::First {
+        fragment::remember(packet, TUNNEL);
     }
     log::passed(packet, Way::Local(endpoint));
     deliver::packet(skb, family, endpoint)

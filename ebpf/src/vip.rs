@@ -14,8 +14,7 @@ use ebpf_common::{
 use crate::{
     count,
     flow::{self, Found},
-    hold,
-    log,
+    hold, log,
     maps::{self, Entry, Table},
     parse::{Family, Kind, Packet},
 };

@@ -35,6 +35,7 @@ use crate::{
 mod attach;
 mod explain;
 mod node;
+mod paths;
 mod prefixes;
 mod report;
 mod tunnels;
@@ -202,6 +203,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut narrowed = node.watch_paths();
     let mut look_at = None;
     loop {
         tokio::select! {
@@ -220,6 +222,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
             }
             Ok(()) = carried.changed() => node.reconcile().await,
             () = node.observed() => node.take_sight().await,
+            Ok(()) = narrowed.changed() => node.reconcile().await,
             _ = ticks.tick() => node.tick().await,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,

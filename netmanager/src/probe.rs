@@ -27,6 +27,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 mod echo;
+pub mod mtu;
 pub mod reach;
 pub mod rtt;
 

@@ -5,6 +5,7 @@
 //! by the MAC addresses that the program wrote. The object of another build is taken from `WEFT_BPF_OBJECT`.
 
 pub mod bytes;
+pub mod odd;
 pub mod packet;
 pub mod stage;
 
@@ -18,7 +19,7 @@ use aya::{
 use ebpf_common::{
     layout::{
         Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Flow, FlowKey,
-        PROGRAM_POD, PROGRAM_TUNNEL, RefusedKey, Vip, VipKey,
+        PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Vip, VipKey,
     },
     reason::Reason,
 };
@@ -142,6 +143,17 @@ impl Node {
                 .set(base + offset, backend.to_ne_bytes(), 0)
                 .expect("SLOTS has room");
         }
+    }
+
+    /// Says what the path to the node of an endpoint address carries.
+    pub fn peer(&mut self, address: IpAddr, node: u32, mtu: u32) {
+        self.hash::<16, 8>("PEERS")
+            .insert(
+                addr(address).of_peer().to_array::<16>(),
+                Peer { node, mtu }.to_array::<8>(),
+                0,
+            )
+            .expect("PEERS has room");
     }
 
     /// Writes a backend.

@@ -4,7 +4,6 @@ use std::net::IpAddr;
 
 use ebpf_common::addr::{NODE_ENDPOINT, Policy};
 use weft_tests::program::{
-    REDIRECTED,
     packet::{Packet, SYN, Transport},
     stage::{
         CLIENT, Family, NODE, PORT, REMOTE_BACKEND, REMOTE_NODE, Stage, TARGET, endpoint_address,
@@ -77,10 +76,8 @@ fn a_client_learns_it_through_the_tunnel_too() {
         // From the backend itself, and from its node, which keeps its own address.
         let node = endpoint_address(family, REMOTE_NODE, NODE_ENDPOINT);
         for (from, appears) in [(seen.dst, vip.0), (node, node)] {
-            let outcome = stage.node.from_tunnel(&error(from, &seen, 0).bytes());
-            assert_eq!(outcome.action, REDIRECTED);
-            let heard = Packet::parse(&outcome.bytes[14..]).expect("a right packet");
-            assert_eq!(heard, error(appears, &sent, 0));
+            let (to, heard) = stage.arrive(&error(from, &seen, 0));
+            assert_eq!((to, heard), (CLIENT, error(appears, &sent, 0)));
         }
     }
 }

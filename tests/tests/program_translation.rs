@@ -79,7 +79,7 @@ fn the_host_is_a_client_through_the_node_endpoint() {
 fn packets() -> impl Strategy<Value = Packet> {
     let family = prop_oneof![Just(Family::V4), Just(Family::V6)];
     let kind = 0..3_u8;
-    let rest = (any::<u16>(), any::<u8>(), 1..=255_u8, any::<u32>());
+    let rest = (any::<u16>(), any::<u8>(), 2..=255_u8, any::<u32>());
     let payload = proptest::collection::vec(any::<u8>(), 0..300);
     (family, kind, rest, payload).prop_map(|(family, kind, (port, tos, ttl, seq), payload)| {
         let client = endpoint_address(family, NODE, CLIENT);

@@ -11,20 +11,9 @@ use weft_tests::program::{
     packet::{ACK, FIN, PSH, Packet, SYN},
     stage::{
         CLIENT, Family, NODE, PORT, REMOTE_BACKEND, REMOTE_NODE, Stage, TARGET, endpoint_address,
-        receiver, vip_address,
+        vip_address,
     },
 };
-
-/// Takes `packet` out of the tunnel; who gets it, and what.
-fn arrive(stage: &mut Stage, packet: &Packet) -> (u32, Packet) {
-    let outcome = stage.node.from_tunnel(&packet.bytes());
-    let counts = stage.node.counts();
-    assert_eq!(outcome.action, REDIRECTED, "{packet:?}: {counts:?}");
-    let kind = u16::from_be_bytes([outcome.bytes[12], outcome.bytes[13]]);
-    assert_eq!(kind, if packet.src.is_ipv4() { 0x0800 } else { 0x86dd });
-    let delivered = Packet::parse(&outcome.bytes[14..]).expect("a right packet");
-    (receiver(&outcome.bytes), delivered)
-}
 
 fn assert_dropped(stage: &mut Stage, packet: &Packet, reason: Reason) {
     let before = stage.node.count(reason);
@@ -49,7 +38,7 @@ fn a_remote_backend_answers_through_the_tunnel() {
             assert_eq!(stage.deliver(CLIENT, &sent), (0, seen));
             let answer = Packet::tcp((backend, TARGET), (client, 40_000), back, 9, 2);
             let heard = Packet::tcp((vip, PORT), (client, 40_000), back, 9, 2);
-            assert_eq!(arrive(&mut stage, &answer), (CLIENT, heard));
+            assert_eq!(stage.arrive(&answer), (CLIENT, heard));
         }
         assert_eq!(stage.node.flows("FLOWS"), [], "both have closed");
         for sent in [
@@ -57,10 +46,7 @@ fn a_remote_backend_answers_through_the_tunnel() {
             Packet::echo(client, vip, 77),
         ] {
             let (_, seen) = stage.deliver(CLIENT, &sent);
-            assert_eq!(
-                arrive(&mut stage, &seen.mirrored()),
-                (CLIENT, sent.mirrored())
-            );
+            assert_eq!(stage.arrive(&seen.mirrored()), (CLIENT, sent.mirrored()));
         }
     }
 }
@@ -85,7 +71,7 @@ fn a_remote_client_reaches_a_local_backend_and_is_answered() {
                 (question.clone(), question.mirrored())
             },
         ] {
-            assert_eq!(arrive(&mut stage, &question), (3, question.clone()));
+            assert_eq!(stage.arrive(&question), (3, question.clone()));
             assert_eq!(stage.deliver(3, &answer), (0, answer.clone()));
         }
     }
@@ -99,7 +85,7 @@ fn probes_of_other_nodes_reach_the_node_endpoint() {
         let prober = (endpoint_address(family, REMOTE_NODE, NODE_ENDPOINT), 1000);
         let node = (endpoint_address(family, NODE, NODE_ENDPOINT), 2000);
         let probe = Packet::udp(prober, node, b"probe");
-        assert_eq!(arrive(&mut stage, &probe), (NODE_ENDPOINT, probe.clone()));
+        assert_eq!(stage.arrive(&probe), (NODE_ENDPOINT, probe.clone()));
         let answer = probe.mirrored();
         assert_eq!(stage.deliver(NODE_ENDPOINT, &answer), (0, answer.clone()));
     }

@@ -15,6 +15,9 @@
 //!  LOG        ring buffer  Event                  the flow log
 //!  LOG_CONFIG array 1      LogConfig              how much of it
 //!  LOG_STATE  per-CPU arr  LogState               its bound, and what it lost
+//!  FRAGMENTS  LRU hash     FragmentKey -> Fragment  where the first fragment of a datagram went
+//!  PEERS      hash         Addr     -> Peer       what the path to a node carries, by the prefix of its endpoints
+//!  ANSWERS    LRU hash     u32      -> u64        when an endpoint has earned its next answer (`bpf_ktime_get_ns`)
 //!  REASONS    per-CPU arr  u64                    packets by Reason
 //!  PROGRAMS   prog array   one tail-call slot per PROGRAM_... constant, the same for every link of the node
 //!  SCRATCH    per-CPU arr  a program's working memory: no state, private to one load, not to be pinned
@@ -23,6 +26,8 @@
 //! Every struct is `repr(C)` without implicit padding and without `bool`; fields that hold network byte order
 //! end in `_be`, addresses are [`Addr`] and always in network byte order. A change to any of this raises
 //! [`LAYOUT_VERSION`], which is part of the pin path.
+
+use crate::addr::BLOCK4_SIZE;
 
 /// The version of everything in this file; programs and maps are pinned under it.
 pub const LAYOUT_VERSION: u32 = 2;
@@ -97,6 +102,22 @@ impl Addr {
     #[inline(always)]
     pub const fn v4_be(&self) -> u32 {
         self.words[3]
+    }
+
+    /// The key of `PEERS` for an endpoint address: IPv6 without the endpoint's number, IPv4 the first address of its
+    /// /27 block.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of_peer(&self) -> Self {
+        let [first, second, third, last] = self.words;
+        let mask = if self.is_v4() {
+            (!(BLOCK4_SIZE - 1)).to_be()
+        } else {
+            0
+        };
+        Self {
+            words: [first, second, third, last & mask],
+        }
     }
 
     /// The address as an IPv6 integer in host byte order (IPv4 stays mapped).
@@ -227,6 +248,64 @@ pub struct Backend {
     pub flags: u32,
     /// Zero.
     pub pad: u32,
+}
+
+/// The largest packet (L3 bytes) that every path carries, if need be in pieces of the tunnel's own packet: the
+/// smallest MTU of a link with IPv6 (RFC 8200 section 5).
+pub const PATH_FLOOR: u32 = 1280;
+
+/// UDP port of the path probes on every node endpoint. What the node endpoint sends there may be larger than the path
+/// is known to carry: that is how it is measured.
+pub const PATH_PORT: u16 = 9339;
+
+/// What is known of the path to another node. The key in `PEERS` is what all its endpoint addresses have in common,
+/// see [`Addr::of_peer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Peer {
+    /// The node's number.
+    pub node: u32,
+    /// The largest inner packet (L3 bytes) that reaches it, at least [`PATH_FLOOR`].
+    pub mtu: u32,
+}
+
+/// The fragments of one datagram: those of one (source, destination, identification, protocol) (RFC 791; RFC 8200
+/// section 4.5, where the protocol does not count and is zero) that come from one side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct FragmentKey {
+    /// Source address, before translation.
+    pub src: Addr,
+    /// Destination address, before translation.
+    pub dst: Addr,
+    /// Identification, as it stands in the packet (IPv4: in the first two bytes).
+    pub id_be: u32,
+    /// The number of the endpoint that sends; 0 for the tunnel.
+    pub endpoint: u32,
+    /// IPv4's protocol; 0 for IPv6.
+    pub proto: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// What the first fragment of a datagram became; the later ones, which have no ports, become the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Fragment {
+    /// Kernel monotonic time of the first fragment, ns.
+    pub seen_ns: u64,
+    /// Source address after translation.
+    pub src: Addr,
+    /// Destination address after translation.
+    pub dst: Addr,
+    /// Bytes of the datagram that the first fragment holds: no later one may begin before.
+    pub length: u32,
+    /// For whom the datagram is counted: the VIP's counter and the backend's index; 0 for nobody.
+    pub counter: u32,
+    /// See `counter`.
+    pub backend: u32,
+    /// `FLOW_...` direction of the first fragment.
+    pub direction: u32,
 }
 
 /// From the client toward the backend.
@@ -428,6 +507,9 @@ const _: () = {
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<FlowKey>() == 44);
     assert!(size_of::<Flow>() == 56);
+    assert!(size_of::<Peer>() == 8);
+    assert!(size_of::<FragmentKey>() == 44);
+    assert!(size_of::<Fragment>() == 56);
 };
 
 #[cfg(test)]
@@ -450,5 +532,18 @@ mod tests {
         assert!(!addr.is_v4());
         assert_eq!(addr.to_bits(), bits);
         assert_eq!(addr.words[0].to_ne_bytes(), [0xfd, 0x12, 0x34, 0x56]);
+    }
+
+    #[test]
+    fn all_endpoints_of_a_node_share_a_peer_and_no_others_do() {
+        let v6 = |node: u128, endpoint| {
+            Addr::from_v6(0xfd12_3456_789a_0000_0000 << 48 | node << 32 | endpoint).of_peer()
+        };
+        assert_eq!(v6(7, 1), v6(7, u128::from(u32::MAX)));
+        assert_ne!(v6(7, 1), v6(8, 1));
+        let v4 = |d| Addr::from_v4(u32::from_be_bytes([10, 16, 3, d])).of_peer();
+        assert_eq!(v4(32), v4(63));
+        assert_eq!(v4(63), Addr::from_v4(u32::from_be_bytes([10, 16, 3, 32])));
+        assert_ne!(v4(31), v4(32));
     }
 }

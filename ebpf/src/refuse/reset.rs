@@ -5,18 +5,17 @@ use ebpf_common::layout::PROTO_TCP;
 use super::{ip4, ip6, turn_frame};
 use crate::{
     csum,
-    header::{
-        ETHERNET_LEN, IPV4_LEN, Ipv4, Ipv6, TCP_ACK, TCP_FIN, TCP_LEN, TCP_RST, TCP_SYN, Tcp,
-    },
-    parse::Family,
+    header::{ETHERNET_LEN, Ipv4, Ipv6, TCP_ACK, TCP_FIN, TCP_LEN, TCP_RST, TCP_SYN, Tcp},
+    parse::{Family, Packet},
     skb::{Covers, Skb},
 };
 
 /// Turns the segment at hand into the reset that answers it (RFC 9293, 3.10.7.1).
 #[inline(always)]
-pub(super) fn reset(skb: &mut Skb, family: Family) -> Option<()> {
+pub(super) fn reset(skb: &mut Skb, packet: &Packet) -> Option<()> {
+    let family = packet.family;
     let l4 = ETHERNET_LEN + family.len();
-    let payload = payload_len(skb, family)?;
+    let payload = packet.end.wrapping_sub(l4 as u32);
     let old = *skb.header::<Tcp>(l4)?;
     if old.flags & TCP_RST != 0 {
         return None;
@@ -53,16 +52,6 @@ pub(super) fn reset(skb: &mut Skb, family: Family) -> Option<()> {
     };
     skb.header_mut::<Tcp>(l4)?.check = check;
     Some(())
-}
-
-/// Bytes after the IP header.
-#[inline(always)]
-fn payload_len(skb: &Skb, family: Family) -> Option<u32> {
-    Some(match family {
-        Family::V4 => u32::from(u16::from_be(skb.header::<Ipv4>(ETHERNET_LEN)?.total_be))
-            .wrapping_sub(IPV4_LEN as u32),
-        Family::V6 => u32::from(u16::from_be(skb.header::<Ipv6>(ETHERNET_LEN)?.payload_be)),
-    })
 }
 
 /// Swaps the IP header's addresses; the sum of the pseudo header.

@@ -1,19 +1,21 @@
-//! The ICMP error that quotes a packet (RFC 792, RFC 4443): its IP header and the eight bytes after it.
+//! The ICMP error that quotes a packet (RFC 792, RFC 4443): its IP header, with options and extension headers, and
+//! the eight bytes after them.
 //!
 //! It comes from the node endpoint, the pod's gateway. It quotes the packet as its sender sent it, because
-//! every refusal is decided before anything is translated.
+//! every refusal is decided before anything is translated. The quote is of no fixed length, so it is kept in map
+//! memory while the packet gets its new size.
 
 use ebpf_common::layout::{Config, PROTO_ICMP, PROTO_ICMP6};
 
-use super::{ip4, ip6, turn_frame};
+use super::{ip4, ip6};
 use crate::{
     csum,
     header::{
-        ETHERNET_LEN, ICMP_LEN, ICMP4_UNREACHABLE, ICMP6_TOO_BIG, ICMP6_UNREACHABLE, IPV4_LEN,
-        IPV6_LEN, Icmp, Ipv4, Ipv6,
+        ICMP_LEN, ICMP4_TIME_EXCEEDED, ICMP4_UNREACHABLE, ICMP6_TIME_EXCEEDED, ICMP6_TOO_BIG,
+        ICMP6_UNREACHABLE, Icmp,
     },
-    parse::Family,
-    skb::Skb,
+    parse::{Family, Packet, QUOTE_MOST},
+    skb::{Skb, sum_of},
 };
 
 /// Bytes quoted after the IP header.
@@ -43,6 +45,15 @@ impl Error {
         match family {
             Family::V4 => Self::unreachable(ICMP4_UNREACHABLE, 1),
             Family::V6 => Self::unreachable(ICMP6_UNREACHABLE, 3),
+        }
+    }
+
+    /// The time to live or hop limit is used up.
+    #[inline(always)]
+    pub(super) const fn expired(family: Family) -> Self {
+        match family {
+            Family::V4 => Self::unreachable(ICMP4_TIME_EXCEEDED, 0),
+            Family::V6 => Self::unreachable(ICMP6_TIME_EXCEEDED, 0),
         }
     }
 
@@ -86,55 +97,40 @@ impl Error {
     }
 }
 
-/// Turns the frame at hand into the error about it.
+/// Turns the packet at hand, whose IP header is at `l2`, into the error about it.
 #[inline(always)]
-pub(super) fn quote(skb: &mut Skb, config: &Config, family: Family, error: Error) -> Option<()> {
-    match family {
-        Family::V4 => quote4(skb, config, error),
-        Family::V6 => quote6(skb, config, error),
+pub(super) fn quote(
+    skb: &mut Skb,
+    l2: usize,
+    config: &Config,
+    packet: &mut Packet,
+    error: Error,
+) -> Option<()> {
+    let family = packet.family;
+    let len = packet.l4().wrapping_sub(l2).wrapping_add(QUOTED);
+    if !(QUOTED..=QUOTE_MOST).contains(&len) {
+        return None;
     }
-}
-
-#[inline(always)]
-fn quote4(skb: &mut Skb, config: &Config, error: Error) -> Option<()> {
-    const ICMP: usize = ETHERNET_LEN + IPV4_LEN;
-    const QUOTE: usize = ICMP + ICMP_LEN;
-    let ip = *skb.header::<Ipv4>(ETHERNET_LEN)?;
-    let start = *skb.header::<[u32; QUOTED / 4]>(ICMP)?;
-    skb.resize(QUOTE + IPV4_LEN + QUOTED).ok()?;
-    turn_frame(skb)?;
-    let payload = ICMP_LEN + IPV4_LEN + QUOTED;
-    *skb.header_mut(ETHERNET_LEN)? = ip4(config.node4.v4_be(), ip.src, PROTO_ICMP, payload);
-    // A right header sums to zero, and adds nothing.
-    *skb.header_mut(ICMP)? = error.header(u64::from(start[0]) + u64::from(start[1]));
-    *skb.header_mut(QUOTE)? = ip;
-    *skb.header_mut(QUOTE + IPV4_LEN)? = start;
-    Some(())
-}
-
-#[inline(always)]
-fn quote6(skb: &mut Skb, config: &Config, error: Error) -> Option<()> {
-    const ICMP: usize = ETHERNET_LEN + IPV6_LEN;
-    const QUOTE: usize = ICMP + ICMP_LEN;
-    let ip = *skb.header::<Ipv6>(ETHERNET_LEN)?;
-    let start = *skb.header::<[u32; QUOTED / 4]>(ICMP)?;
-    skb.resize(QUOTE + IPV6_LEN + QUOTED).ok()?;
-    turn_frame(skb)?;
-    let payload = ICMP_LEN + IPV6_LEN + QUOTED;
-    *skb.header_mut(ETHERNET_LEN)? = ip6(config.node6.words, ip.src, PROTO_ICMP6, payload);
-    let pseudo = csum::sum(&config.node6.words)
-        + csum::sum(&ip.src)
-        + u64::from((payload as u16).to_be())
-        + u64::from(u16::from(PROTO_ICMP6).to_be());
-    let quote = u64::from(ip.version_be)
-        + u64::from(ip.payload_be)
-        + u64::from(u16::from_ne_bytes([ip.next, ip.hops]))
-        + csum::sum(&ip.src)
-        + csum::sum(&ip.dst)
-        + u64::from(start[0])
-        + u64::from(start[1]);
-    *skb.header_mut(ICMP)? = error.header(pseudo + quote);
-    *skb.header_mut(QUOTE)? = ip;
-    *skb.header_mut(QUOTE + IPV6_LEN)? = start;
-    Some(())
+    let quote = packet.quote.get_mut(..len)?;
+    skb.load(l2, quote)?;
+    let icmp = l2 + family.len();
+    skb.resize(icmp + ICMP_LEN + len).ok()?;
+    let payload = ICMP_LEN + len;
+    let to = packet.key.src;
+    let pseudo = match family {
+        Family::V4 => {
+            *skb.header_mut(l2)? = ip4(config.node4.v4_be(), to.v4_be(), PROTO_ICMP, payload);
+            0
+        }
+        Family::V6 => {
+            *skb.header_mut(l2)? = ip6(config.node6.words, to.words, PROTO_ICMP6, payload);
+            csum::sum(&config.node6.words)
+                + csum::sum(&to.words)
+                + u64::from((payload as u16).to_be())
+                + u64::from(u16::from(PROTO_ICMP6).to_be())
+        }
+    };
+    let quote = packet.quote.get(..len)?;
+    *skb.header_mut(icmp)? = error.header(pseudo + sum_of(quote));
+    skb.store(icmp + ICMP_LEN, quote)
 }

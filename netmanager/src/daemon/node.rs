@@ -14,7 +14,10 @@ use netmanager_api::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{DaemonError, Settings, monotonic, prefixes::without_ipv4, tunnels::Carrier, wall_ms};
+use super::{
+    DaemonError, Settings, monotonic, paths::Paths, prefixes::without_ipv4, tunnels::Carrier,
+    wall_ms,
+};
 use crate::{
     attachments::{AttachError, Attachments},
     datapath::{BpfDatapath, Datapath, DatapathError, FlowTable, Hook},
@@ -75,6 +78,7 @@ pub(super) struct Node {
     pub(super) sight: Sight,
     pub(super) reached: BTreeSet<InstanceRef>,
     pub(super) probes: Option<(Probes, watch::Receiver<Observed>)>,
+    pub(super) paths: Paths,
     pub(super) janitor: Janitor<FlowTable>,
     /// Of the last whole pass that began after the table came.
     pub(super) census: Option<Census>,
@@ -136,6 +140,7 @@ impl Node {
             sight: parts.store.load(SIGHT_FILE)?.unwrap_or_default(),
             reached: BTreeSet::new(),
             probes: None,
+            paths: Paths::new(parts.datapath.peers()?)?,
             janitor: Janitor::new(parts.datapath.flow_tables()?.into(), Limits::default()),
             census: None,
             ticks: 0,
@@ -172,7 +177,9 @@ impl Node {
             (have.mesh.prefix6, have.node.number) != (table.mesh.prefix6, table.node.number)
         });
         if is_moved {
-            self.probes = None; // They are sent from an address that is no more.
+            // They are sent from an address that is no more.
+            self.probes = None;
+            self.paths.probes = None;
         }
         if before.is_none_or(|have| (&have.mesh, &have.node) != (&table.mesh, &table.node)) {
             self.endpoint = None;
@@ -338,6 +345,7 @@ impl Node {
             is_new
         });
         self.probe(&table).await;
+        self.measure_paths(&table).await?;
         self.parts.tunnel.settle(&table);
         Ok(())
     }

@@ -29,7 +29,7 @@ use ebpf_common::layout::{PROGRAM_POD, PROGRAM_TUNNEL};
 use nix::net::if_::if_indextoname;
 
 use super::{
-    Counts, Datapath, DatapathError, FlowTable, Hook, Reasons, bpffs,
+    Counts, Datapath, DatapathError, FlowTable, Hook, Peers, Reasons, bpffs,
     object::{MAPS, open_map, program_error, take_over_dispatcher},
     stem::{self, PROGRAMS},
     tables::Tables,
@@ -156,6 +156,14 @@ impl BpfDatapath {
     /// When they cannot be opened.
     pub fn reasons(&self) -> Result<Reasons, DatapathError> {
         Reasons::open(&self.maps)
+    }
+
+    /// What the paths to the peers carry.
+    ///
+    /// # Errors
+    /// When the map cannot be opened.
+    pub fn peers(&self) -> Result<Peers, DatapathError> {
+        Peers::open(&self.maps)
     }
 
     /// The counters by VIP and backend, for the metrics.

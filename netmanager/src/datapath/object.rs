@@ -8,7 +8,8 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey,
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Peer, RefusedKey,
+    Vip, VipKey,
 };
 
 use super::{
@@ -29,7 +30,7 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 13] = [
+pub(super) const MAPS: [(&str, usize, usize); 16] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -38,6 +39,9 @@ pub(super) const MAPS: [(&str, usize, usize); 13] = [
     ("BACKENDS", 4, size_of::<Backend>()),
     ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FLOWS_LRU", size_of::<FlowKey>(), size_of::<Flow>()),
+    ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<Fragment>()),
+    ("PEERS", size_of::<Addr>(), size_of::<Peer>()),
+    ("ANSWERS", 4, 8),
     ("REASONS", 4, 8),
     ("VIP_COUNTS", 4, size_of::<Count>()),
     ("BACKEND_COUNTS", 4, size_of::<Count>()),

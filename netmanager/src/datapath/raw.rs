@@ -15,5 +15,5 @@ macro_rules! plain {
     )*};
 }
 plain!(
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Peer, RefusedKey, Vip, VipKey
 );

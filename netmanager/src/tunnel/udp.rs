@@ -3,6 +3,11 @@
 //! Encrypted packets to one peer are nearly all of one size, so a run of them leaves in one system call and
 //! crosses the stack as one packet (`UDP_SEGMENT`, udp(7)); the receiver is given such runs whole (`UDP_GRO`)
 //! and splits them. Where the device under it cannot, the kernel says so once and packets go one by one.
+//!
+//! A packet that is too large for the underlay's path is lost, not fragmented (the do-not-fragment bit is set and
+//! what the kernel believes of the path does not count): that is what the path probes measure. Only a packet that
+//! holds no more than every path must carry may be fragmented, where the underlay is narrower than IPv6's minimum
+//! with the tunnel's overhead on top ([`Pieces`]).
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -14,6 +19,7 @@ use std::{
     },
 };
 
+use ebpf_common::layout::PATH_FLOOR;
 use gotatun::{
     packet::{Packet, PacketBufPool},
     udp::{
@@ -28,6 +34,9 @@ use nix::{
         ControlMessage, ControlMessageOwned, MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg,
         sendmsg, setsockopt, sockopt,
     },
+};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
 };
 use tokio::io::Interest;
 
@@ -81,7 +90,9 @@ impl UdpTransportFactory for Udp {
         let tx = UdpTx {
             socket: socket.clone(),
             segments: Arc::new(AtomicBool::new(true)),
+            pieces: Arc::new(Pieces::default()),
         };
+        tx.pieces.set(&tx.socket, false);
         Ok((tx, UdpRx { socket }))
     }
 }
@@ -100,6 +111,50 @@ pub(super) struct UdpTx {
     socket: UdpSocket,
     /// Whether runs may be sent; cleared when the kernel or the device refuses them.
     segments: Arc<AtomicBool>,
+    pieces: Arc<Pieces>,
+}
+
+/// UDP bytes that fit every link with IPv6 whole: nothing has to be done for them.
+const ALWAYS_FITS: usize = 1_280 - 40 - 8;
+/// UDP bytes of a packet of [`PATH_FLOOR`] bytes, with WireGuard's header and tag.
+const FLOOR: usize = PATH_FLOOR as usize + 32;
+
+/// Whether the socket's packets may be fragmented: those between the two sizes above may, larger ones never. The
+/// socket is told when that changes; a packet of another task that is sent meanwhile is lost or fragmented, and
+/// either is repaired.
+#[derive(Default)]
+struct Pieces {
+    allowed: AtomicBool,
+}
+
+impl Pieces {
+    /// Prepares the socket for packets of `len` bytes.
+    fn prepare(&self, socket: &UdpSocket, len: usize) {
+        if len <= ALWAYS_FITS {
+            return;
+        }
+        let allowed = len <= FLOOR;
+        if self.allowed.swap(allowed, Ordering::Relaxed) != allowed {
+            self.set(socket, allowed);
+        }
+    }
+
+    fn set(&self, socket: &UdpSocket, allowed: bool) {
+        let (v4, v6) = if allowed {
+            (Ipv4PathMtuDiscovery::DONT, Ipv6PathMtuDiscovery::WANT)
+        } else {
+            (Ipv4PathMtuDiscovery::PROBE, Ipv6PathMtuDiscovery::PROBE)
+        };
+        let socket = socket.socket();
+        // A socket of one family knows the other's option or refuses it; packets of the other never leave it.
+        let told = [
+            set_ip_mtu_discover(socket, v4),
+            set_ipv6_mtu_discover(socket, v6),
+        ];
+        if let [Err(error), Err(_)] = told {
+            tracing::warn!(%error, allowed, "failed to say whether packets may be fragmented");
+        }
+    }
 }
 
 impl UdpTx {
@@ -130,6 +185,7 @@ impl UdpSend for UdpTx {
     type SendManyBuf = ();
 
     async fn send_to(&self, packet: Packet, to: SocketAddr) -> io::Result<()> {
+        self.pieces.prepare(&self.socket, packet.len());
         self.socket.socket().send_to(&packet, to).await.map(drop)
     }
 
@@ -149,6 +205,7 @@ impl UdpSend for UdpTx {
             } else {
                 1
             };
+            self.pieces.prepare(&self.socket, first.len());
             let whole = if run > 1 {
                 self.send_run(&rest[..run], *to).await
             } else {

@@ -4,7 +4,7 @@
 //! them with. Integers are in native order, as the kernel reads them.
 
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, RefusedKey, Vip, VipKey,
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Peer, RefusedKey, Vip, VipKey,
 };
 
 /// A value that stands in map memory.
@@ -72,6 +72,7 @@ structs! {
     Endpoint { addr6, addr4, number, ifindex, flags, quota, mac, host_mac, pad }
     VipKey { addr, port_be, proto, pad }
     Vip { slot_base, slot_count, service, target_port_be, policy, flags, counter }
+    Peer { node, mtu }
     Backend { addr6, addr4, node, generation, flags, pad }
     FlowKey { src, dst, sport_be, dport_be, endpoint, proto, direction, pad }
     Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service, born_s, counter }

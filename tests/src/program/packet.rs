@@ -114,6 +114,16 @@ impl Packet {
         }
     }
 
+    /// What `sent` became, with the hop put back that a program takes off; panics where it took another number.
+    #[must_use]
+    pub fn hop_back(self, sent: &Self) -> Self {
+        assert_eq!(self.ttl, sent.ttl - 1, "one hop: {sent:?}");
+        Self {
+            ttl: sent.ttl,
+            ..self
+        }
+    }
+
     /// Source and destination of what answers this.
     #[must_use]
     pub fn mirrored_ends(&self) -> ((IpAddr, u16), (IpAddr, u16)) {
@@ -354,14 +364,14 @@ fn transport_sum(src: IpAddr, dst: IpAddr, proto: u8, l4: &[u8]) -> u64 {
 }
 
 /// The sum of the big-endian words; an odd last byte is the high half of one (RFC 1071).
-fn sum(bytes: &[u8]) -> u64 {
+pub(super) fn sum(bytes: &[u8]) -> u64 {
     bytes
         .chunks(2)
         .map(|pair| u64::from(pair[0]) << 8 | u64::from(pair.get(1).copied().unwrap_or(0)))
         .sum()
 }
 
-fn fold(mut sum: u64) -> u16 {
+pub(super) fn fold(mut sum: u64) -> u16 {
     while sum >> 16 != 0 {
         sum = (sum & 0xffff) + (sum >> 16);
     }

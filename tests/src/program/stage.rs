@@ -194,13 +194,26 @@ impl Stage {
     }
 
     /// Sends a packet of a local endpoint, and reads what is delivered and to which endpoint; panics if it is not.
+    /// The hop that the program took off is put back, so that what comes out compares with what went in.
     pub fn deliver(&mut self, from: u32, packet: &Packet) -> (u32, Packet) {
         let outcome = self.send(from, packet);
         let counts = self.node.counts();
         assert_eq!(outcome.action, REDIRECTED, "{packet:?}: {counts:?}");
         let delivered = Packet::parse(&outcome.bytes[14..])
             .unwrap_or_else(|error| panic!("{packet:?} became a bad packet: {error}"));
-        (receiver(&outcome.bytes), delivered)
+        (receiver(&outcome.bytes), delivered.hop_back(packet))
+    }
+
+    /// The same for a packet that comes out of the tunnel.
+    pub fn arrive(&mut self, packet: &Packet) -> (u32, Packet) {
+        let outcome = self.node.from_tunnel(&packet.bytes());
+        let counts = self.node.counts();
+        assert_eq!(outcome.action, REDIRECTED, "{packet:?}: {counts:?}");
+        let kind = u16::from_be_bytes([outcome.bytes[12], outcome.bytes[13]]);
+        assert_eq!(kind, if packet.src.is_ipv4() { 0x0800 } else { 0x86dd });
+        let delivered = Packet::parse(&outcome.bytes[14..])
+            .unwrap_or_else(|error| panic!("{packet:?} became a bad packet: {error}"));
+        (receiver(&outcome.bytes), delivered.hop_back(packet))
     }
 }
 
