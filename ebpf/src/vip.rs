@@ -3,11 +3,11 @@
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
     layout::{
-        Addr, BACKEND_LIVE, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint,
+        Addr, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint,
         FLOW_FORWARD, FLOW_HAIRPIN, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6,
         PROTO_TCP, VIP_ITSELF_PORT, Vip, VipKey,
     },
-    pick::{self, Tuple as HashTuple},
+    pick,
     reason::Reason,
 };
 
@@ -21,8 +21,6 @@ use crate::{
 
 /// How many source ports are tried for a reverse entry before the flow is refused.
 const PORT_TRIES: u32 = 16;
-/// How many slots in a row are tried while the one that was picked names a backend that has just died.
-const SLOT_TRIES: u32 = 4;
 
 /// Decides what a client's packet to a VIP is to the backend.
 #[inline(always)]
@@ -234,58 +232,22 @@ fn lookup(packet: &mut Packet) -> Result<&'static Vip, Reason> {
 
 /// The index of a live backend.
 #[inline(always)]
-fn pick_backend(family: Family, hash: u32, vip: &Vip) -> Result<u32, Reason> {
-    let mut offset = pick::slot(hash, vip.slot_count).ok_or(Reason::NoBackend)?;
-    for _ in 0..SLOT_TRIES {
-        let index = maps::slot(vip.slot_base.wrapping_add(offset)).ok_or(Reason::Internal)?;
-        if let Some(backend) = maps::backend(index)
-            && backend.flags & BACKEND_LIVE != 0
-            && !is_absent(backend, family)
-        {
-            return Ok(index);
-        }
-        offset = if offset + 1 >= vip.slot_count {
-            0
-        } else {
-            offset + 1
-        };
-    }
-    Err(Reason::NoBackend)
+fn pick_backend(family: Family, choice: u32, vip: &Vip) -> Result<u32, Reason> {
+    let offset = pick::slot(choice, vip.slot_count).ok_or(Reason::NoBackend)?;
+    let is_v4 = family == Family::V4;
+    pick::first_live(offset, vip, is_v4, maps::slot, maps::backend).map(|(_, index)| index)
 }
 
 /// The hash of a flow: of all of its tuple.
 #[inline(never)]
 fn hash_flow(config: &Config, packet: &Packet) -> u32 {
-    let key = &packet.key;
-    let tuple = HashTuple {
-        src: halves(&key.src),
-        dst: halves(&key.dst),
-        ports_proto: u64::from(u16::from_be(key.sport_be)) << 32
-            | u64::from(u16::from_be(key.dport_be)) << 16
-            | u64::from(key.proto),
-    };
-    pick::flow_hash(&tuple, config.seed)
+    pick::key_hash(&packet.key, config.seed)
 }
 
 /// The hash that `sticky` picks by: of the source alone.
 #[inline(never)]
 fn hash_source(config: &Config, packet: &Packet) -> u32 {
-    let tuple = HashTuple {
-        src: halves(&packet.key.src),
-        dst: [0; 2],
-        ports_proto: 0,
-    };
-    pick::flow_hash(&tuple, config.seed)
-}
-
-/// An address as [`HashTuple`] wants it: two words in host byte order, IPv4 in the low half of the second.
-#[inline(always)]
-fn halves(address: &Addr) -> [u64; 2] {
-    if address.is_v4() {
-        return [0, u64::from(u32::from_be(address.v4_be()))];
-    }
-    let bits = address.to_bits();
-    [(bits >> 64) as u64, bits as u64]
+    pick::source_hash(&packet.key.src, config.seed)
 }
 
 #[inline(always)]
@@ -293,15 +255,6 @@ fn address_of(backend: &Backend, family: Family) -> Addr {
     match family {
         Family::V4 => backend.addr4,
         Family::V6 => backend.addr6,
-    }
-}
-
-/// Whether a backend has no address of a family.
-#[inline(always)]
-fn is_absent(backend: &Backend, family: Family) -> bool {
-    match family {
-        Family::V4 => backend.addr4.words == [0; 4],
-        Family::V6 => backend.addr6.words == [0; 4],
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use netmanager_api::observe::beside;
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -27,6 +28,7 @@ use crate::{
     follow::{self, Agent, FollowError, Outbox},
     links::{self, Links, LinksError},
     metrics::{self, Gauges},
+    observe,
     store::{Store, StoreError},
     table_file,
     tunnel::mtu_over,
@@ -59,7 +61,7 @@ pub struct Settings {
     pub table: Option<PathBuf>,
     /// The state directory.
     pub state: PathBuf,
-    /// The CNI socket.
+    /// The CNI socket; the observe socket is beside it.
     pub socket: PathBuf,
     /// Where pins go.
     pub bpffs: PathBuf,
@@ -165,10 +167,13 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         let counters = metrics::Counters {
             reasons: datapath.reasons()?,
             counts: datapath.counts()?,
+            log: datapath.log_counters()?,
         };
         tasks.spawn(metrics::serve(listener, counters, asks.clone(), gauged));
     }
     let door = Door::bind(&settings.socket).await?;
+    let observers = Door::bind(&beside(&settings.socket)).await?;
+    let (log, log_counters) = (datapath.flow_log()?, datapath.log_counters()?);
     let (asked_sender, mut asked) = mpsc::channel(64);
     let (table_sender, mut tables) = mpsc::channel(4);
     let tunnel = tunnels::spawn(&mut tasks, &settings, mtu as u16, shutdown.clone())?;
@@ -192,6 +197,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     })
     .await?;
     tasks.spawn(door.serve(asked_sender));
+    tasks.spawn(observe::serve(observers, log, log_counters, asks));
     if let Some(agent) = settings.agent {
         tasks.spawn(follow::follow(agent, outgoing, table_sender.clone()));
     }

@@ -34,12 +34,10 @@ pub type Asked = (Request, oneshot::Sender<Reply>);
 #[derive(Debug, thiserror::Error)]
 pub enum DoorError {
     /// Somebody answers there.
-    #[error(
-        "another process serves the CNI socket {0}: stop it, or choose another path with --socket"
-    )]
+    #[error("another process serves the socket {0}: stop it, or choose another path with --socket")]
     InUse(PathBuf),
     /// The socket cannot be made.
-    #[error("failed to {what} the CNI socket {path}")]
+    #[error("failed to {what} the socket {path}")]
     Socket {
         /// What was tried.
         what: &'static str,
@@ -94,6 +92,11 @@ impl Door {
         };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("protect"))?;
         Ok(door)
+    }
+
+    /// The next client's connection.
+    pub(crate) async fn accept(&self) -> io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
     }
 
     /// Serves until the daemon stops to listen.

@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     daemon::monotonic,
-    datapath::{Counts, DatapathError, Reasons},
+    datapath::{Counts, DatapathError, LogCounters, Reasons},
     follow::chain,
     observe::{Ask, Names},
 };
@@ -62,6 +62,8 @@ pub struct Counters {
     pub reasons: Reasons,
     /// By VIP and backend.
     pub counts: Counts,
+    /// Of the flow log.
+    pub log: LogCounters,
 }
 
 /// How long a scraper may take.
@@ -142,6 +144,7 @@ impl Counters {
                 .map(|index| Ok((*index, self.counts.backend(*index)?)))
                 .collect::<Result<_, DatapathError>>()?,
             refused: self.counts.refused()?,
+            log: self.log.read()?,
         })
     }
 }

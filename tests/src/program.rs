@@ -13,13 +13,13 @@ use std::{net::IpAddr, path::PathBuf};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray},
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf},
     programs::SchedClassifier,
 };
 use ebpf_common::{
     layout::{
-        Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Flow, FlowKey,
-        PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Vip, VipKey,
+        Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, Flow, FlowKey,
+        LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Vip, VipKey,
     },
     reason::Reason,
 };
@@ -206,6 +206,60 @@ impl Node {
                 sum
             },
         )
+    }
+
+    /// Samples one flow in `sample_every` into the log, at most `per_second` events on a CPU.
+    pub fn sample(&mut self, sample_every: u32, per_second: u32) {
+        let config = LogConfig {
+            sample_every,
+            per_second,
+        };
+        self.array::<8>("LOG_CONFIG")
+            .set(0, config.to_array(), 0)
+            .expect("LOG_CONFIG has one element");
+    }
+
+    /// Takes every event out of the log.
+    pub fn events(&mut self) -> Vec<Event> {
+        let mut ring: RingBuf<&mut MapData> = self.map("LOG", RingBuf::try_from);
+        let mut events = Vec::new();
+        while let Some(item) = ring.next() {
+            events.push(Event::from_slice(&item));
+        }
+        events
+    }
+
+    /// How many events were written, beyond the bound, and lost to a full ring, on all CPUs.
+    pub fn logged(&mut self) -> [u64; 3] {
+        let states: PerCpuArray<&mut MapData, [u8; 40]> =
+            self.map("LOG_STATE", PerCpuArray::try_from);
+        let each = states.get(&0, 0).expect("one element");
+        each.iter().map(|bytes| LogState::from_slice(bytes)).fold(
+            [0; 3],
+            |[written, limited, lost], state| {
+                [
+                    written + state.written,
+                    limited + state.limited,
+                    lost + state.lost,
+                ]
+            },
+        )
+    }
+
+    /// An entry of a hash map, where there is one.
+    pub fn entry<const K: usize, const V: usize, T: Bytes>(
+        &mut self,
+        map: &str,
+        key: &impl Bytes,
+    ) -> Option<T> {
+        let value = self.hash::<K, V>(map).get(&key.to_array(), 0).ok();
+        value.map(|value| T::from_slice(&value))
+    }
+
+    /// An element of an array, where there is one.
+    pub fn element<const N: usize, T: Bytes>(&mut self, map: &str, index: u32) -> Option<T> {
+        let value = self.array::<N>(map).get(&index, 0).ok();
+        value.map(|value| T::from_slice(&value))
     }
 
     /// Every element of `REFUSED`, on all CPUs: the VIP's counter, the reason's code, the count.

@@ -5,6 +5,17 @@
 //! foldhash); it spreads well and costs a few cycles, and it is no defence against someone who chooses
 //! tuples, which the per-mesh seed makes harder, not impossible.
 
+use core::borrow::Borrow;
+
+use crate::{
+    addr::Policy,
+    layout::{Addr, BACKEND_LIVE, Backend, FlowKey, Vip},
+    reason::Reason,
+};
+
+/// How many slots in a row are tried while the one that was picked names a backend that has just died.
+pub const SLOT_TRIES: u32 = 4;
+
 /// A flow's tuple as 64-bit words: source, destination (IPv4 in the low 32 bits of the second word), ports and protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuple {
@@ -50,6 +61,93 @@ pub const fn slot(hash: u32, count: u32) -> Option<u32> {
     } else {
         Some(((hash as u64 * count as u64) >> 32) as u32)
     }
+}
+
+/// The number by which `policy` chooses for the flow of `key`.
+#[must_use]
+#[inline(always)]
+pub fn choice(key: &FlowKey, policy: Policy, seed: u64) -> u32 {
+    match policy {
+        Policy::Sticky => source_hash(&key.src, seed),
+        _ => key_hash(key, seed),
+    }
+}
+
+/// The hash of all of a flow's tuple.
+#[must_use]
+#[inline(always)]
+pub fn key_hash(key: &FlowKey, seed: u64) -> u32 {
+    let tuple = Tuple {
+        src: halves(&key.src),
+        dst: halves(&key.dst),
+        ports_proto: (u16::from_be(key.sport_be) as u64) << 32
+            | (u16::from_be(key.dport_be) as u64) << 16
+            | key.proto as u64,
+    };
+    flow_hash(&tuple, seed)
+}
+
+/// The hash that `sticky` picks by: of the source alone.
+#[must_use]
+#[inline(always)]
+pub fn source_hash(src: &Addr, seed: u64) -> u32 {
+    let tuple = Tuple {
+        src: halves(src),
+        dst: [0; 2],
+        ports_proto: 0,
+    };
+    flow_hash(&tuple, seed)
+}
+
+/// The first slot of a VIP's run, from `offset` on and around, whose backend takes new flows of a family; and that
+/// backend's index. Gives up after [`SLOT_TRIES`].
+///
+/// # Errors
+/// The reason for which the flow is refused.
+#[inline(always)]
+pub fn first_live<B: Borrow<Backend>>(
+    mut offset: u32,
+    vip: &Vip,
+    is_v4: bool,
+    slot: impl Fn(u32) -> Option<u32>,
+    backend: impl Fn(u32) -> Option<B>,
+) -> Result<(u32, u32), Reason> {
+    for _ in 0..SLOT_TRIES {
+        let index = slot(vip.slot_base.wrapping_add(offset)).ok_or(Reason::Internal)?;
+        if let Some(backend) = backend(index)
+            && takes(backend.borrow(), is_v4)
+        {
+            return Ok((offset, index));
+        }
+        offset = if offset + 1 >= vip.slot_count {
+            0
+        } else {
+            offset + 1
+        };
+    }
+    Err(Reason::NoBackend)
+}
+
+/// Whether new flows of a family may pick a backend.
+#[inline(always)]
+const fn takes(backend: &Backend, is_v4: bool) -> bool {
+    let address = if is_v4 {
+        &backend.addr4
+    } else {
+        &backend.addr6
+    };
+    let [a, b, c, d] = address.words;
+    backend.flags & BACKEND_LIVE != 0 && a | b | c | d != 0
+}
+
+/// An address as [`Tuple`] wants it: two words in host byte order, IPv4 in the low half of the second.
+#[inline(always)]
+const fn halves(address: &Addr) -> [u64; 2] {
+    if address.is_v4() {
+        return [0, u32::from_be(address.v4_be()) as u64];
+    }
+    let bits = address.to_bits();
+    [(bits >> 64) as u64, bits as u64]
 }
 
 #[cfg(test)]

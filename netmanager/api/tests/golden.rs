@@ -11,6 +11,10 @@ use std::{collections::BTreeMap, fmt::Debug, path::Path};
 use ebpf_common::addr::Policy;
 use netmanager_api::{
     cni::{AttachmentKey, PodRef, Refused, Reply, Request, Reserve, Reserved},
+    observe::{
+        Backend as TraceBackend, Filter, FlowEvent, FlowsRequest, Outcome, Place, Request as Ask,
+        Said, Trace, TraceRequest, Verdict, Way,
+    },
     stream::{DrainingFlows, Endpoint, FromNode, Hello, InstanceRef, Measured, ToNode},
     table::{
         Backend, BackendState, Mesh, Node, Peer, PolicyName, Port, Protocol, Revision, Service,
@@ -212,4 +216,123 @@ fn the_cni_door_speaks_as_before() {
         message: "node n1 has no number yet".into(),
     };
     golden("cni_refused", &Reply::Refused(refused));
+}
+
+#[test]
+fn the_observe_door_speaks_as_before() {
+    let flows = FlowsRequest {
+        filter: Filter {
+            service: Some("bookinfo/reviews".into()),
+            pod: Some("shop/client".into()),
+            verdict: Some(Verdict::Refused),
+        },
+        sample_every: 10,
+        per_second: 500,
+    };
+    golden("observe_flows", &Ask::Flows(flows));
+    let trace = TraceRequest {
+        from: "shop/client".into(),
+        to: "10.24.0.5".parse().unwrap(),
+        port: Some(80),
+        protocol: "tcp".into(),
+        sport: Some(40_000),
+        probe: true,
+    };
+    golden("observe_trace", &Ask::Trace(trace));
+    let place = |address: &str, pod: Option<&str>| Place {
+        address: address.parse().unwrap(),
+        pod: pod.map(str::to_owned),
+    };
+    let event = FlowEvent {
+        time_ms: 1_795_000_000_000,
+        node: "n1".into(),
+        verdict: Verdict::Ended,
+        reason: Some("not_linked".into()),
+        protocol: "TCP".into(),
+        from: place("10.16.0.2:40000", Some("shop/client")),
+        to: place("10.24.0.5:80", None),
+        service: Some("shop/bookinfo/reviews".into()),
+        policy: Some("balanced".into()),
+        translated_to: Some("10.16.0.39:8080".parse().unwrap()),
+        instance: Some(1),
+        backend_node: Some(2),
+        age_s: Some(7),
+        probe: true,
+    };
+    golden("observed_flow", &Said::Flow(Box::new(event)));
+    let following = Said::Following {
+        sample_every: 10,
+        per_second: 500,
+    };
+    golden("observed_following", &following);
+    let lost = Said::Lost {
+        limited: 3,
+        full: 1,
+    };
+    golden("observed_lost", &lost);
+    golden(
+        "observed_cut",
+        &Said::Cut {
+            why: "too slow".into(),
+        },
+    );
+    let probed = Said::Probed {
+        answered: true,
+        note: "the probe's end was seen".into(),
+    };
+    golden("observed_probed", &probed);
+    let message = "only root may use the observe door".into();
+    golden("observed_refused", &Said::Refused { message });
+    let backend = |way| TraceBackend {
+        index: 4,
+        address: "10.16.0.39:8080".parse().unwrap(),
+        instance: Some(1),
+        node: "edge/n2".into(),
+        way,
+        share: 1_000,
+    };
+    let outcomes = [
+        (
+            "observed_trace_refused",
+            Outcome::Refused {
+                reason: "not_linked".into(),
+                why: "link the services".into(),
+                answer: "a TCP reset".into(),
+            },
+        ),
+        (
+            "observed_trace_existing",
+            Outcome::Existing {
+                backend: backend(Way::Local { endpoint: 7 }),
+                anew: Some(backend(Way::Nowhere)),
+            },
+        ),
+        (
+            "observed_trace_opens",
+            Outcome::Opens {
+                slot: 2,
+                of: 3,
+                backend: backend(Way::Tunnel { mtu: 1_420 }),
+            },
+        ),
+        (
+            "observed_trace_depends",
+            Outcome::Depends {
+                backends: vec![backend(Way::Tunnel { mtu: 1_420 })],
+            },
+        ),
+    ];
+    for (name, outcome) in outcomes {
+        let trace = Trace {
+            node: "n1".into(),
+            from: "shop/client".into(),
+            source: "10.16.0.2:40000".parse().unwrap(),
+            to: "10.24.0.5:80".parse().unwrap(),
+            protocol: "TCP".into(),
+            service: Some("shop/bookinfo/reviews".into()),
+            policy: Some("balanced".into()),
+            outcome,
+        };
+        golden(name, &Said::Trace(Box::new(trace)));
+    }
 }

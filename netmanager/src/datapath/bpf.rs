@@ -29,7 +29,8 @@ use ebpf_common::layout::{PROGRAM_POD, PROGRAM_TUNNEL};
 use nix::net::if_::if_indextoname;
 
 use super::{
-    Counts, Datapath, DatapathError, FlowTable, Hook, Peers, Reasons, bpffs,
+    Counts, Datapath, DatapathError, FlowLog, FlowTable, Hook, LogCounters, Peers, Reasons, bpffs,
+    live::Live,
     object::{MAPS, open_map, program_error, take_over_dispatcher},
     stem::{self, PROGRAMS},
     tables::Tables,
@@ -174,6 +175,30 @@ impl BpfDatapath {
         Counts::open(&self.maps)
     }
 
+    /// The reading end of the flow log. It has one position: whoever opens it must be the only one.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn flow_log(&self) -> Result<FlowLog, DatapathError> {
+        FlowLog::open(&self.maps)
+    }
+
+    /// What became of the flow log's events.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn log_counters(&self) -> Result<LogCounters, DatapathError> {
+        LogCounters::open(&self.maps)
+    }
+
+    /// The maps as they stand, for a trace.
+    ///
+    /// # Errors
+    /// When they cannot be opened.
+    pub fn live(&self) -> Result<Live, DatapathError> {
+        Live::open(&self.maps)
+    }
+
     /// Starts the counts of new owners from zero: elements of `VIP_COUNTS`, and indexes of backends.
     ///
     /// # Errors
@@ -186,6 +211,8 @@ impl BpfDatapath {
     #[must_use]
     pub fn map_sizes(&self) -> BTreeMap<&'static str, u32> {
         MAPS.into_iter()
+            // Its size is in bytes.
+            .filter(|(name, _, _)| *name != "LOG")
             .filter_map(|(name, _, _)| {
                 let path = if name == PROGRAMS {
                     stem::programs(&self.bpffs)

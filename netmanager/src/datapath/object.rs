@@ -8,8 +8,8 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Peer, RefusedKey,
-    Vip, VipKey,
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey, LogConfig,
+    LogState, Peer, RefusedKey, Vip, VipKey,
 };
 
 use super::{
@@ -30,7 +30,7 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 16] = [
+pub(super) const MAPS: [(&str, usize, usize); 19] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -46,6 +46,9 @@ pub(super) const MAPS: [(&str, usize, usize); 16] = [
     ("VIP_COUNTS", 4, size_of::<Count>()),
     ("BACKEND_COUNTS", 4, size_of::<Count>()),
     ("REFUSED", size_of::<RefusedKey>(), 8),
+    ("LOG", 0, 0),
+    ("LOG_CONFIG", 4, size_of::<LogConfig>()),
+    ("LOG_STATE", 4, size_of::<LogState>()),
     ("PROGRAMS", 4, 4),
 ];
 

@@ -15,5 +15,6 @@ macro_rules! plain {
     )*};
 }
 plain!(
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Peer, RefusedKey, Vip, VipKey
+    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, LogConfig, LogState, Peer, RefusedKey,
+    Vip, VipKey
 );

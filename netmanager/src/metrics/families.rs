@@ -77,6 +77,8 @@ families! {
         "1 while there is a tunnel device.";
     TUNNEL_MTU: "weft_tunnel_mtu_bytes" "gauge" []
         "The largest inner packet that the tunnel device takes.";
+    LOG_EVENTS: "weft_flow_log_events_total" "counter" ["fate"]
+        "Events of the flow log: written, left out beyond the bound, left out because the ring was full.";
     LEFT_OUT: "weft_series_left_out" "gauge" []
         "Series that were left out of this answer because their family has too many.";
 }

@@ -11,7 +11,10 @@ use super::{
     Gauges,
     families::{self, Family, Text},
 };
-use crate::observe::{BackendName, Names, VipName};
+use crate::{
+    datapath::LogCounts,
+    observe::{BackendName, Names, VipName},
+};
 
 /// What the programs counted, at one moment.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +23,7 @@ pub(super) struct Reading {
     pub(super) vips: Vec<(u32, Count)>,
     pub(super) backends: Vec<(u32, Count)>,
     pub(super) refused: Vec<(RefusedKey, u64)>,
+    pub(super) log: LogCounts,
 }
 
 /// The names of the two directions: from the client to the backend, and back.
@@ -62,6 +66,16 @@ pub(super) fn render(names: &Names, gauges: &Gauges, reading: &Reading, now: Dur
     text.family(&families::RTT, rtts);
     text.single(&families::TUNNEL_UP, u8::from(gauges.tunnel_mtu > 0));
     text.single(&families::TUNNEL_MTU, gauges.tunnel_mtu);
+    let log = &reading.log;
+    let fates = [
+        ("written", log.written),
+        ("limited", log.limited),
+        ("full", log.full),
+    ];
+    text.family(
+        &families::LOG_EVENTS,
+        fates.map(|(fate, count)| ([fate.to_owned()], count)),
+    );
     text.end()
 }
 

@@ -6,7 +6,10 @@ use ebpf_common::{
 };
 
 use super::*;
-use crate::observe::{BackendName, VipName};
+use crate::{
+    datapath::LogCounts,
+    observe::{BackendName, VipName},
+};
 
 const NOW: Duration = Duration::from_secs(100);
 
@@ -56,6 +59,10 @@ fn reading() -> Reading {
         reason: reason as u32,
     };
     Reading {
+        log: LogCounts {
+            full: 4,
+            ..LogCounts::default()
+        },
         reasons: vec![(Reason::NotLinked, 3)],
         // What has no name any more is not exported.
         vips: vec![(1, count), (2, count), (9, count)],
@@ -178,6 +185,7 @@ fn what_is_exported_reads_back_and_says_what_was_counted() {
         ("weft_map_entries{node=\"n1\",map=\"VIPS\"}".to_owned(), 4.0),
         ("weft_map_entries_limit{node=\"n1\",map=\"VIPS\"}".to_owned(), 9.0),
         ("weft_endpoints{node=\"n1\"}".to_owned(), 2.0),
+        ("weft_flow_log_events_total{node=\"n1\",fate=\"full\"}".to_owned(), 4.0),
         ("weft_table_age_seconds{node=\"n1\"}".to_owned(), 60.0),
         ("weft_peers{node=\"n1\",state=\"silent\"}".to_owned(), 1.0),
         ("weft_peer_rtt_seconds{node=\"n1\",peer=\"edge/n2\"}".to_owned(), 0.0015),

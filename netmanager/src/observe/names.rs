@@ -1,22 +1,26 @@
 //! What the numbers of the kernel's maps stand for.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use ebpf_common::{
-    addr::NODE_ENDPOINT,
-    layout::{Addr, PROTO_ICMP6, VIP_ITSELF_PORT, VipKey},
-};
+use ebpf_common::layout::{Addr, PROTO_ICMP6, VIP_ITSELF_PORT, VipKey};
 use netmanager_api::table::Table;
 
-use crate::{attachments::Attachments, plan::KernelState};
+use super::told::ip;
+use crate::{
+    attachments::{Attachment, Attachments},
+    plan::KernelState,
+};
+
+/// The name of the node endpoint.
+pub const NODE: &str = "node";
 
 /// Names by number, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// This node, within its cluster.
     pub node: String,
-    /// `namespace/name` of the pod behind an endpoint's number; the node endpoint is `node`.
-    pub endpoints: BTreeMap<u32, String>,
+    /// `namespace/name` of this node's pods by their addresses; the node endpoint is [`NODE`].
+    pub pods: BTreeMap<IpAddr, String>,
     /// VIPs by their element of `VIP_COUNTS`.
     pub vips: BTreeMap<u32, VipName>,
     /// Backends by their index.
@@ -61,10 +65,6 @@ impl Names {
             .collect();
         let mut names = Self {
             node: node.to_owned(),
-            endpoints: attachments
-                .iter()
-                .map(|attachment| (attachment.number, pod_name(attachment)))
-                .collect(),
             peers: table
                 .peers
                 .iter()
@@ -72,7 +72,19 @@ impl Names {
                 .collect(),
             ..Self::default()
         };
-        names.endpoints.insert(NODE_ENDPOINT, "node".to_owned());
+        for attachment in attachments.iter() {
+            let name = pod_name(attachment);
+            if let Some(addr4) = attachment.addr4 {
+                names.pods.insert(addr4.into(), name.clone());
+            }
+            names.pods.insert(attachment.addr6.into(), name);
+        }
+        let own = state.config.iter();
+        for address in own.flat_map(|config| [config.node4, config.node6]) {
+            if address != Addr::default() {
+                names.pods.insert(ip(&address), NODE.to_owned());
+            }
+        }
         for service in &table.services {
             let name: Arc<str> = service.name.as_str().into();
             for vip in &service.vips {
@@ -110,7 +122,7 @@ impl Names {
 }
 
 /// As `kubectl` writes it; a process that is no pod is named by its container.
-fn pod_name(attachment: &crate::attachments::Attachment) -> String {
+pub(crate) fn pod_name(attachment: &Attachment) -> String {
     let pod = &attachment.pod;
     match (pod.namespace.as_str(), pod.name.as_str()) {
         ("", "") => attachment.key.container_id.clone(),

@@ -4,7 +4,8 @@
 //! them with. Integers are in native order, as the kernel reads them.
 
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Peer, RefusedKey, Vip, VipKey,
+    Addr, Backend, Config, Count, Endpoint, Event, Flow, FlowKey, LogConfig, LogState, Peer,
+    RefusedKey, Vip, VipKey,
 };
 
 /// A value that stands in map memory.
@@ -78,4 +79,7 @@ structs! {
     Flow { last_seen_ns, addr, port_be, client_port_be, flags, backend, generation, isn_be, service, born_s, counter }
     Count { packets, bytes, flows }
     RefusedKey { counter, reason }
+    LogConfig { sample_every, per_second }
+    LogState { since_ns, used, used_marked, written, limited, lost }
+    Event { time_ns, src, dst, to_src, to_dst, sport_be, dport_be, to_sport_be, to_dport_be, counter, backend, sender, detail, kind, proto, marked, direction, pad }
 }
