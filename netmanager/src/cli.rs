@@ -18,7 +18,7 @@ use crate::{
     links::Links,
     store::Store,
     tunnel,
-    wireguard::{Config, Tunnels, WireGuard},
+    wireguard::{Tunnels, WireGuard},
 };
 
 /// Makes this node's kernel match its table.
@@ -65,12 +65,16 @@ struct Run {
     /// Folder for pins on a BPF file system; one is mounted there if there is none.
     #[arg(long, default_value = "/sys/fs/bpf/weft")]
     bpffs: PathBuf,
-    /// UDP port of the tunnel; 0 takes a free one.
+    /// UDP port of the tunnel, and the one above it while the tunnel moves to a next generation; 0 takes free ones.
     #[arg(long, default_value_t = 27_460)]
     tunnel_port: u16,
     /// Name of the tunnel device, unique on this file system.
     #[arg(long, default_value = "weft-tunnel")]
     tunnel_device: String,
+    /// Begin a next generation of the tunnel: another device, key and port beside the old, which goes once nobody
+    /// uses it. A userspace tunnel of another version does that by itself.
+    #[arg(long)]
+    renew_tunnel: bool,
     /// Address by which other nodes reach this one, best first; else those of the default route's link.
     #[arg(long)]
     underlay: Vec<IpAddr>,
@@ -189,18 +193,23 @@ impl Remove {
     /// Goes on after an error and reports the first.
     async fn execute(self) -> anyhow::Result<()> {
         let _lock = Store::open(&self.state)?;
-        let tunnel = WireGuard::open(Config {
-            name: self.tunnel_device,
-            state: self.state,
+        let settings = TunnelSettings {
+            device: self.tunnel_device,
             port: 0,
-            mtu: tunnel::mtu_over(1_500),
-            kind: None,
-            program: PathBuf::from("/proc/self/exe"),
-        });
-        let tunnel = match tunnel {
-            Ok(mut tunnel) => tunnel.remove().await,
-            Err(error) => Err(error),
+            is_renewed: false,
         };
+        let mut tunnel = Ok(());
+        for generation in 0..2 {
+            let place = settings.place(generation, &self.state, tunnel::mtu_over(1_500));
+            if !place.state.exists() {
+                continue;
+            }
+            let removed = match WireGuard::open(place) {
+                Ok(mut device) => device.remove().await,
+                Err(error) => Err(error),
+            };
+            tunnel = tunnel.and(removed);
+        }
         let node = Links::connect()?.remove_node(&self.endpoint_device).await;
         remove_pins(&self.bpffs)?;
         node?;
@@ -242,6 +251,7 @@ impl Run {
             tunnel: TunnelSettings {
                 device: self.tunnel_device,
                 port: self.tunnel_port,
+                is_renewed: self.renew_tunnel,
             },
             underlay: self.underlay,
             metrics: self.metrics,

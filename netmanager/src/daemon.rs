@@ -176,7 +176,13 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let (log, log_counters) = (datapath.flow_log()?, datapath.log_counters()?);
     let (asked_sender, mut asked) = mpsc::channel(64);
     let (table_sender, mut tables) = mpsc::channel(4);
-    let tunnel = tunnels::spawn(&mut tasks, &settings, mtu as u16, shutdown.clone())?;
+    let tunnel = tunnels::spawn(
+        &mut tasks,
+        &settings,
+        store.clone(),
+        mtu as u16,
+        shutdown.clone(),
+    )?;
     let mut carried = tunnel.watch();
     let (mut links_changed, watching) = links::watch_links()?;
 

@@ -20,6 +20,7 @@ use ipnet::IpNet;
 use crate::tunnel::SupervisorError;
 
 mod device;
+pub mod generation;
 pub mod key;
 mod link;
 pub mod peers;
@@ -72,6 +73,8 @@ pub struct Config {
     pub port: u16,
     /// MTU of the device, see [`crate::tunnel::mtu_over`].
     pub mtu: u16,
+    /// Whether peers are spoken to where nobody else has anything to say: a device that nothing is sent by yet.
+    pub is_eager: bool,
     /// What carries it; `None` asks the kernel.
     pub kind: Option<Kind>,
     /// The program that carries the userspace tunnel: `/proc/self/exe` is the daemon's own.
@@ -143,6 +146,15 @@ pub enum TunnelsError {
     /// The node's key cannot be had.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The folder of a device's files cannot be made.
+    #[error("failed to make the folder {}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The userspace tunnel does not run.
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),

@@ -405,8 +405,8 @@ impl Node {
             .iter()
             .map(|pod| (pod.ifindex, Hook::Pod))
             .collect();
-        let device = self.parts.tunnel.device();
-        others.extend(device.map(|device| (device.ifindex, Hook::Tunnel)));
+        let devices = self.parts.tunnel.devices();
+        others.extend(devices.map(|ifindex| (ifindex, Hook::Tunnel)));
         for (ifindex, hook) in others {
             match self.parts.datapath.attach(ifindex, hook) {
                 // It went this instant; its event follows.

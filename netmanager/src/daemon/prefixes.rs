@@ -16,7 +16,7 @@ impl Node {
         received: &Arc<Table>,
     ) -> Result<Arc<Table>, ReconcileError> {
         let mut own: Vec<u32> = self.planner.have().endpoints.keys().copied().collect();
-        own.extend(self.parts.tunnel.device().map(|device| device.ifindex));
+        own.extend(self.parts.tunnel.devices());
         let (name, peer) = &self.parts.settings.endpoint_names;
         for link in [name, peer] {
             own.extend(

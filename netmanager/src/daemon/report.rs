@@ -169,7 +169,7 @@ impl Node {
     }
 
     fn hello(&self) -> Option<Hello> {
-        let device = self.parts.tunnel.device()?;
+        let device = self.parts.tunnel.announced()?;
         Some(Hello {
             node: self.parts.settings.node.clone(),
             public_key: device.public_key.to_string(),

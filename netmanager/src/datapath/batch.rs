@@ -106,6 +106,11 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         })
     }
 
+    /// The map's name.
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// How many entries it holds at most.
     pub(super) fn capacity(&self) -> Result<u32, DatapathError> {
         self.data

@@ -4,9 +4,9 @@
 //! are short ([`takeover`](super::takeover)). From layout 1 to 2 a value grows at its end, where zero means "not
 //! known"; from 2 to 1 its end is cut off.
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, mem::offset_of, path::Path};
 
-use ebpf_common::layout::{self, Config, Flow, FlowKey};
+use ebpf_common::layout::{self, Config, Flow, FlowKey, PROTO_TCP};
 
 use super::{
     DatapathError, Sizes,
@@ -180,7 +180,11 @@ pub(super) fn flows(
     let ((from_layout, from), (to_layout, to)) = (from, to);
     Ok(match (from_layout, to_layout) {
         (1, 1) => Box::new(Carrier::<FLOW_1, FLOW_1>::open(names, from, to)?),
-        (1, _) => Box::new(Carrier::<FLOW_1, FLOW>::open(names, from, to)?),
+        (1, _) => {
+            let mut carrier = Carrier::<FLOW_1, FLOW>::open(names, from, to)?;
+            carrier.open_connections(from, to)?;
+            Box::new(carrier)
+        }
         (_, 1) => Box::new(Carrier::<FLOW, FLOW_1>::open(names, from, to)?),
         _ => Box::new(Carrier::<FLOW, FLOW>::open(names, from, to)?),
     })
@@ -190,7 +194,11 @@ struct Carrier<const S: usize, const T: usize> {
     maps: Vec<Pair<S, T>>,
 }
 
+/// Which entries of one map go into which of the other.
 struct Pair<const S: usize, const T: usize> {
+    takes: fn(&[u8; KEY], &[u8; S]) -> bool,
+    /// The target has entries from another source too: nothing is replaced or removed there.
+    is_guest: bool,
     from: Batch<[u8; KEY], [u8; S]>,
     to: Batch<[u8; KEY], [u8; T]>,
     copied: HashSet<[u8; KEY]>,
@@ -200,6 +208,8 @@ impl<const S: usize, const T: usize> Carrier<S, T> {
     fn open(names: &[&'static str], from: &Path, to: &Path) -> Result<Self, DatapathError> {
         let pair = |&name: &&'static str| {
             Ok(Pair {
+                takes: |_, _| true,
+                is_guest: false,
                 from: Batch::open(name, &from.join(name))?,
                 to: Batch::open(name, &to.join(name))?,
                 copied: HashSet::new(),
@@ -213,25 +223,70 @@ impl<const S: usize, const T: usize> Carrier<S, T> {
     }
 }
 
+impl Carrier<FLOW_1, FLOW> {
+    /// Layout 1 has TCP that opens or closes in `FLOWS_LRU`, beside shadows of what is established; this one has
+    /// all of TCP in `FLOWS`.
+    fn open_connections(&mut self, from: &Path, to: &Path) -> Result<(), DatapathError> {
+        for pair in &mut self.maps {
+            if pair.from.name() == FLOWS[1] {
+                pair.takes = |key, _| key[PROTO] != PROTO_TCP;
+            }
+        }
+        self.maps.push(Pair {
+            takes: |key, flow| key[PROTO] == PROTO_TCP && !is_shadow(flow),
+            is_guest: true,
+            from: Batch::open(FLOWS[1], &from.join(FLOWS[1]))?,
+            to: Batch::open(FLOWS[0], &to.join(FLOWS[0]))?,
+            copied: HashSet::new(),
+        });
+        Ok(())
+    }
+}
+
+/// Where a key has its protocol.
+const PROTO: usize = offset_of!(FlowKey, proto);
+
+/// Whether an entry of layout 1's `FLOWS_LRU` is what an established connection left behind.
+fn is_shadow(flow: &[u8; FLOW_1]) -> bool {
+    const FLAGS: usize = offset_of!(Flow, flags);
+    const CLOSING: u32 = layout::FLOW_FIN_CLIENT | layout::FLOW_FIN_BACKEND | layout::FLOW_RST;
+    let flags = u32::from_ne_bytes([
+        flow[FLAGS],
+        flow[FLAGS + 1],
+        flow[FLAGS + 2],
+        flow[FLAGS + 3],
+    ]);
+    flags & layout::FLOW_ESTABLISHED != 0 && flags & CLOSING == 0
+}
+
 impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
     fn pass(&mut self, pass: Pass) -> Result<usize, DatapathError> {
         let mut met = 0;
         for pair in &mut self.maps {
             let (mut keys, mut values) = (Vec::new(), Vec::new());
             pair.from.each(|key, value| {
-                keys.push(key);
-                values.push(resized::<S, T>(value));
+                if (pair.takes)(&key, &value) {
+                    keys.push(key);
+                    values.push(resized::<S, T>(value));
+                }
             })?;
             met += keys.len();
-            let existing = match pass {
-                Pass::Missing => Existing::Keep,
-                Pass::All | Pass::Exact => Existing::Replace,
+            let existing = if pass == Pass::Missing || pair.is_guest {
+                Existing::Keep
+            } else {
+                Existing::Replace
             };
             if !keys.is_empty() {
-                pair.to.put(&keys, &values, existing)?;
+                match pair.to.put(&keys, &values, existing) {
+                    // There is no room for what only opens or closes.
+                    Err(error) if pair.is_guest => {
+                        tracing::warn!(%error, "some connections that open or close are lost");
+                    }
+                    result => drop(result?),
+                }
             }
             let found: HashSet<[u8; KEY]> = keys.into_iter().collect();
-            if pass == Pass::Exact {
+            if pass == Pass::Exact && !pair.is_guest {
                 for gone in pair.copied.difference(&found) {
                     pair.to.remove(gone)?;
                 }
@@ -245,6 +300,21 @@ impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shadow_of_an_established_connection_is_told_from_one_that_opens_or_closes() {
+        for (flags, want) in [
+            (layout::FLOW_SYN, false),
+            (layout::FLOW_SYN | layout::FLOW_SYN_ACK, false),
+            (layout::FLOW_SYN | layout::FLOW_ESTABLISHED, true),
+            (layout::FLOW_ESTABLISHED | layout::FLOW_FIN_CLIENT, false),
+            (layout::FLOW_ESTABLISHED | layout::FLOW_RST, false),
+        ] {
+            let mut flow = [0; FLOW_1];
+            flow[28..32].copy_from_slice(&u32::to_ne_bytes(flags));
+            assert_eq!(is_shadow(&flow), want, "{flags:#x}");
+        }
+    }
 
     #[test]
     fn a_value_grows_by_zeros_and_shrinks_by_its_end() {

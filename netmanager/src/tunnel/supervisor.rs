@@ -27,6 +27,9 @@ const MAX_LOG: u64 = 1 << 20;
 /// How long a tunnel may take to end after SIGTERM.
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
+/// The version whose process a start makes.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 /// How to start a tunnel.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -168,6 +171,15 @@ impl Supervisor {
         }
     }
 
+    /// Whether a process of another version carries the tunnel.
+    ///
+    /// # Errors
+    /// When the pid file cannot be asked.
+    pub fn is_outdated(&self) -> Result<bool, SupervisorError> {
+        let noted = fs::read_to_string(version_path(&self.launch)).unwrap_or_default();
+        Ok(self.is_alive()? && noted.trim() != VERSION)
+    }
+
     /// Starts the tunnel unless it lives or is just starting.
     ///
     /// # Errors
@@ -243,6 +255,13 @@ impl Supervisor {
                 source,
             })?;
         tracing::info!(name, pid = child.id(), "started the tunnel");
+        fs::write(version_path(&self.launch), VERSION).map_err(|source| {
+            SupervisorError::State {
+                action: "write",
+                path: version_path(&self.launch),
+                source,
+            }
+        })?;
         self.child = Some(child);
         self.started = Some(now);
         Ok(())
@@ -297,6 +316,11 @@ impl Supervisor {
 
 fn pid(number: u32) -> Pid {
     Pid::from_raw(i32::try_from(number).expect("Linux gives process numbers below 2^22"))
+}
+
+/// The file that names the version of the process.
+fn version_path(launch: &Launch) -> PathBuf {
+    launch.state.join(format!("tunnel-{}.version", launch.name))
 }
 
 fn log_path(launch: &Launch) -> PathBuf {

@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a tunnel process may take until its door is open; it takes some 20 ms.
 const START: Duration = Duration::from_secs(3);
 
+/// How often an eager device speaks to its peers, seconds: as often as peers are probed.
+const EAGER_S: u16 = 1;
+
 /// One WireGuard device.
 #[derive(Debug)]
 pub struct WireGuard {
@@ -82,6 +85,14 @@ impl WireGuard {
     #[must_use]
     pub fn public_key(&self) -> PublicKey {
         self.key.public()
+    }
+
+    /// Whether another version's process carries the device: a next generation would be this version's.
+    ///
+    /// # Errors
+    /// When the process cannot be asked for.
+    pub fn is_outdated(&self) -> Result<bool, TunnelsError> {
+        Ok(self.kind == Kind::Userspace && self.supervisor.is_outdated()?)
     }
 
     /// What carries the device.
@@ -254,7 +265,7 @@ impl Tunnels for WireGuard {
             .collect();
         let ops = diff(&have, want);
         if !ops.is_empty() {
-            self.update(update(&ops)).await?;
+            self.update(update(&ops, self.config.is_eager)).await?;
         }
         Ok(ops)
     }
@@ -305,7 +316,7 @@ fn present(peer: &PeerInfo, now: SystemTime) -> (PublicKey, PeerReport) {
 }
 
 /// The changes as one update of the device.
-fn update(ops: &[PeerOp]) -> DeviceUpdate {
+fn update(ops: &[PeerOp], is_eager: bool) -> DeviceUpdate {
     ops.iter().fold(DeviceUpdate::new(), |update, op| match op {
         PeerOp::Remove(key) => update.remove_peer_by_key(&Key(key.0)),
         PeerOp::Put {
@@ -314,6 +325,9 @@ fn update(ops: &[PeerOp]) -> DeviceUpdate {
             allowed,
         } => {
             let mut peer = PeerConfigBuilder::new(&Key(key.0));
+            if is_eager {
+                peer = peer.set_persistent_keepalive_interval(EAGER_S);
+            }
             if let Some(endpoint) = endpoint {
                 peer = peer.set_endpoint(*endpoint);
             }
@@ -363,7 +377,7 @@ mod tests {
                     .add_allowed_ip("fd12:3456:789a:0:0:9::".parse().unwrap(), 96),
             )
             .add_peer(PeerConfigBuilder::new(&Key([3; 32])).replace_allowed_ips());
-        assert_eq!(update(&ops), want);
+        assert_eq!(update(&ops, false), want);
     }
 
     #[test]
@@ -396,6 +410,7 @@ mod tests {
                 state: dir.path().to_owned(),
                 port: 0,
                 mtu: 1420,
+                is_eager: false,
                 kind: Some(Kind::Userspace),
                 program: "/nonexistent".into(),
             })

@@ -116,6 +116,8 @@ pub(crate) struct Node {
     directory: TempDir,
     /// What the daemon's command line has beside what every test's has.
     pub(crate) args: Vec<String>,
+    /// Another version's daemon, instead of this one's.
+    pub(crate) program: Option<PathBuf>,
     daemon: Option<Process>,
 }
 
@@ -123,8 +125,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         self.daemon = None;
         // The userspace tunnel outlives its daemon, on purpose.
-        for entry in fs::read_dir(self.path("state"))
-            .into_iter()
+        let folders = [self.path("state"), self.path("state/second")];
+        for entry in folders
+            .iter()
+            .filter_map(|at| fs::read_dir(at).ok())
             .flatten()
             .flatten()
         {
@@ -164,6 +168,7 @@ impl Node {
             number,
             directory: tempfile::tempdir().unwrap(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
+            program: None,
             daemon: None,
         }
     }
@@ -174,7 +179,8 @@ impl Node {
 
     /// The daemon's command line, with `state` as its state directory.
     pub(crate) fn command(&self, state: &Path, socket: &Path) -> Command {
-        let mut command = Command::new(binary("weft-netmanager"));
+        let own = || binary("weft-netmanager");
+        let mut command = Command::new(self.program.clone().unwrap_or_else(own));
         command
             .args(["run", "--node", "n1", "--tunnel-device", &self.device()])
             .args(self.source())

@@ -1,9 +1,15 @@
 //! Two nodes, whole: daemons, programs, the userspace tunnel over a veth pair as the underlay, and pods.
 
 use std::{
-    net::IpAddr,
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -13,8 +19,12 @@ use netmanager_api::table::{
     BackendState::{Draining, Ready},
     Peer,
 };
-use weft_netmanager::{tunnel::key_path, wireguard::key::PrivateKey};
+use weft_netmanager::{
+    tunnel::key_path,
+    wireguard::{generation::Generations, key::PrivateKey},
+};
 use weft_tests::{
+    Netns,
     topology::pair,
     traffic::{call, datagram, echo, ping},
     wait_for,
@@ -24,6 +34,24 @@ use super::machine::{Node, Pod, SOON, block4, table_of, vip};
 
 /// In a namespace of its own, any port is free.
 const PORT: u16 = 27_460;
+
+/// Which tunnel devices a node has.
+fn generations(node: &Node) -> Generations {
+    let text = fs::read(node.path("state/tunnel.json")).unwrap_or_default();
+    serde_json::from_slice(&text).unwrap_or_default()
+}
+
+/// The tunnel that a node tells the leads: the folder of its key, and its port.
+fn announced(node: &Node) -> (PathBuf, u16) {
+    let Generations {
+        current, is_moving, ..
+    } = generations(node);
+    if (current + u32::from(is_moving)) % 2 == 1 {
+        (node.path("state/second"), PORT + 1)
+    } else {
+        (node.path("state"), PORT)
+    }
+}
 
 struct Mesh {
     a: Node,
@@ -76,12 +104,13 @@ impl Mesh {
         self.index += 1;
         for (node, other) in [(&self.a, &self.b), (&self.b, &self.a)] {
             let mut table = table_of(node.number, self.index, backends.clone());
-            let key = PrivateKey::load_or_create(&key_path(&other.path("state"))).unwrap();
+            let (state, port) = announced(other);
+            let key = PrivateKey::load_or_create(&key_path(&state)).unwrap();
             table.peers.push(Peer {
                 number: other.number,
                 name: format!("lab/n{}", other.number),
                 public_key: key.public().to_string(),
-                endpoint: Some(format!("192.0.2.{}:{PORT}", other.number).parse().unwrap()),
+                endpoint: Some(format!("192.0.2.{}:{port}", other.number).parse().unwrap()),
                 blocks4: vec![block4(other.number)],
             });
             node.follow(&table);
@@ -194,4 +223,90 @@ fn a_node_skips_backends_behind_a_peer_that_does_not_answer_and_takes_them_back(
     assert_eq!(mesh.answers(Policy::Balanced, None, 20), ["here"]);
     mesh.b.netns.ip("link set eth0 up").unwrap();
     only(&["here", "there"]);
+}
+
+/// Sends a numbered datagram each millisecond and notes which come back.
+struct Stream {
+    stop: Arc<AtomicBool>,
+    sent: JoinHandle<u64>,
+    back: JoinHandle<BTreeSet<u64>>,
+}
+
+impl Stream {
+    fn start(from: &Netns, to: SocketAddr) -> Self {
+        let socket = from.run(|| UdpSocket::bind("[::]:0")).unwrap();
+        socket.connect(to).unwrap();
+        socket.set_read_timeout(Some(SILENCE)).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (sender, is_over) = (socket.try_clone().unwrap(), stop.clone());
+        let sent = thread::spawn(move || {
+            let (start, mut number) = (Instant::now(), 0);
+            while !is_over.load(Ordering::Relaxed) {
+                let due = Duration::from_millis(number);
+                thread::sleep(due.saturating_sub(start.elapsed()));
+                sender.send(&number.to_be_bytes()).unwrap();
+                number += 1;
+            }
+            number
+        });
+        let back = thread::spawn(move || {
+            let (mut numbers, mut datagram) = (BTreeSet::new(), [0; 64]);
+            while let Ok(length) = socket.recv(&mut datagram) {
+                // Behind the server's greeting.
+                let number = datagram[..length].last_chunk().unwrap();
+                numbers.insert(u64::from_be_bytes(*number));
+            }
+            numbers
+        });
+        Self { stop, sent, back }
+    }
+
+    /// How many were sent, and which of them did not come back.
+    fn end(self) -> (u64, Vec<u64>) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sent.join().unwrap();
+        let back = self.back.join().unwrap();
+        (
+            sent,
+            (0..sent).filter(|number| !back.contains(number)).collect(),
+        )
+    }
+}
+
+/// What takes longer than this to come back is lost.
+const SILENCE: Duration = Duration::from_secs(2);
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_tunnel_moves_to_a_next_generation_and_not_one_datagram_is_lost() {
+    let mut mesh = Mesh::start("gener");
+    mesh.wait_connected();
+    let backends = vec![mesh.here.backend(0, Ready), mesh.there.backend(1, Ready)];
+    let far = vip(Policy::Instance, Some(1)).addr6;
+    datagram(&mesh.client.netns, far).unwrap();
+    let stream = Stream::start(&mesh.client.netns, SocketAddr::new(far.into(), 53));
+
+    mesh.a.kill();
+    mesh.a.args.push("--renew-tunnel".into());
+    mesh.a.run();
+    mesh.a.wait_ready();
+    wait_for("one node begins", SOON, || {
+        generations(&mesh.a).is_moving.then_some(())
+    });
+    // The leads hand the new key on, and what the other node then answers with.
+    mesh.follow(backends.clone());
+    wait_for("its peer begins too", SOON, || {
+        generations(&mesh.b).is_moving.then_some(())
+    });
+    mesh.follow(backends);
+    for node in [&mesh.a, &mesh.b] {
+        wait_for("the old tunnel is removed", SOON, || {
+            let is_over = generations(node).current == 1 && !generations(node).is_moving;
+            is_over.then_some(())
+        });
+    }
+    let (sent, lost) = stream.end();
+    assert_eq!(lost, [0; 0], "{} of {sent}\n{}", lost.len(), mesh.a.log());
+    assert!(sent >= 2_000, "{sent}");
+    assert_eq!(mesh.answers(Policy::Instance, Some(1), 3), ["there"]);
 }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::Ipv6Addr,
+    path::PathBuf,
     process::{Command, Output},
     thread,
     time::Duration,
@@ -57,12 +58,22 @@ fn unharmed(report: &Report) {
     eprintln!("{report:?}");
 }
 
-/// Hands a node back to the previous layout and takes it over again, twice, under load.
+/// Hands a node back to the previous layout and takes it over again, twice, under load. By hand with the daemon of the
+/// previous version in between, too: `WEFT_TEST_PREVIOUS` is its path.
 fn layouts_change_under_load(label: &str, args: &[&str]) {
-    let mut node = Node::start(label, args);
+    let previous = std::env::var_os("WEFT_TEST_PREVIOUS").map(PathBuf::from);
+    let mut node = Node::prepare(label, args);
+    node.program.clone_from(&previous);
+    node.run_ready();
     let (client, server) = (node.attach("c"), node.attach("s"));
     server.serve("server");
     node.follow(&table(2, vec![server.backend(0, Ready)]));
+    if previous.is_some() {
+        node.kill();
+        node.program = None;
+        node.run();
+        node.wait_ready();
+    }
     let load = Load::start(&client, &server);
     thread::sleep(CALM);
     for _ in 0..2 {
@@ -71,6 +82,14 @@ fn layouts_change_under_load(label: &str, args: &[&str]) {
         assert!(node.path("bpf/v1/maps/FLOWS").exists());
         assert!(!node.path("bpf/v2").exists(), "what is dead is collected");
         assert_eq!(call(&client.netns, vip6()).unwrap().1, "server");
+        if previous.is_some() {
+            node.program.clone_from(&previous);
+            node.run();
+            node.wait_ready();
+            thread::sleep(CALM);
+            node.kill();
+            node.program = None;
+        }
         node.run();
         node.wait_ready();
         assert!(node.path("bpf/v2/maps/FLOWS").exists());

@@ -102,6 +102,7 @@ impl Machine {
             state: state.path().to_owned(),
             port: 0,
             mtu: 1420,
+            is_eager: false,
             kind: Some(Kind::Userspace),
             program: binary("weft-netmanager"),
         };

@@ -39,7 +39,10 @@ impl Tunnels for FakeTunnels {
     }
 
     async fn report(&mut self) -> Result<Report, TunnelsError> {
-        unreachable!("the keeper does not ask")
+        Ok(Report {
+            device: self.ensure().await?,
+            peers: BTreeMap::new(),
+        })
     }
 
     async fn remove(&mut self) -> Result<(), TunnelsError> {
@@ -86,8 +89,16 @@ async fn a_peer_is_carried_before_the_maps_change_and_one_that_leaves_until_they
     let (wanted, wanting) = watch::channel(None);
     let (mtu, mtus) = watch::channel(1_420);
     let (sender, carried) = watch::channel(Carried::default());
+    let folder = tempfile::tempdir().unwrap();
     let keeper = Keeper {
         tunnels: fake,
+        next: None,
+        generations: Generations::default(),
+        is_outdated: false,
+        open: Box::new(|_, _, _| unreachable!("nobody moves")),
+        forget_key: Box::new(|_| ()),
+        store: Arc::new(Store::open(folder.path()).unwrap()),
+        heard: None,
         is_needed: false,
         carried: sender,
         trouble: None,
@@ -135,7 +146,7 @@ async fn a_tunnel_that_does_not_answer_is_waited_for_once() {
         carried,
         late: Vec::new(),
     };
-    let start = tokio::time::Instant::now();
+    let start = Instant::now();
     carrier.carry(&table(&[1])).await;
     assert_eq!(start.elapsed(), PATIENCE);
     carrier.carry(&table(&[1])).await;

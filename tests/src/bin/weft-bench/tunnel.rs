@@ -139,6 +139,7 @@ impl Plain {
             state: state.clone(),
             port: 0,
             mtu: mtu_over(UNDERLAY_MTU),
+            is_eager: false,
             kind: None,
             program: fs::canonicalize(binaries)
                 .with_context(|| format!("failed to find {}", binaries.display()))?
