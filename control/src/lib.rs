@@ -6,7 +6,10 @@
 mod authority;
 mod client;
 mod daemon;
+mod flows;
+mod node_door;
 mod show;
+mod trace;
 mod user;
 
 use std::io::IsTerminal;
@@ -45,6 +48,10 @@ enum Command {
     Migrate(user::Migrate),
     /// Says how the leads are.
     Status(user::Status),
+    /// Shows what happens to flows on this node.
+    Flows(flows::Flows),
+    /// Says what this node would do with a packet, and why.
+    Trace(trace::Trace),
     /// A whole mesh on this machine, in network namespaces.
     #[command(subcommand)]
     Lab(LabCommand),
@@ -84,6 +91,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Delete(delete) => delete.run(),
         Command::Migrate(migrate) => migrate.run(),
         Command::Status(status) => status.run(),
+        Command::Flows(flows) => flows.run(),
+        Command::Trace(trace) => trace.run(),
         Command::Lab(lab) => Ok(lab.run()?),
     }
 }

@@ -3,9 +3,9 @@
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
     layout::{
-        Addr, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint,
-        FLOW_FORWARD, FLOW_HAIRPIN, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6,
-        PROTO_TCP, VIP_ITSELF_PORT, Vip, VipKey,
+        Addr, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_FORWARD,
+        FLOW_HAIRPIN, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP,
+        VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick,
     reason::Reason,
