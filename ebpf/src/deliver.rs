@@ -10,7 +10,7 @@ use crate::{
     header::{ETH_P_IP, ETH_P_IPV6, ETHERNET_LEN, Ethernet, TCP_SYN},
     maps, mss,
     parse::{Family, Kind, Packet},
-    skb::Skb,
+    skb::{Skb, copy_mac},
 };
 
 /// Where an endpoint address is reached.
@@ -100,8 +100,8 @@ pub(crate) fn frame(skb: &mut Skb, config: &Config, way: Way) -> Result<i32, Rea
         Way::Tunnel => Ok(skb.redirect(config.tunnel_ifindex)),
         Way::Local(endpoint) => {
             let ethernet = skb.header_mut::<Ethernet>(0).ok_or(Reason::Internal)?;
-            ethernet.dst = endpoint.mac;
-            ethernet.src = endpoint.host_mac;
+            copy_mac(&mut ethernet.dst, &endpoint.mac);
+            copy_mac(&mut ethernet.src, &endpoint.host_mac);
             Ok(hand_over(skb, endpoint))
         }
     }
@@ -112,13 +112,11 @@ pub(crate) fn frame(skb: &mut Skb, config: &Config, way: Way) -> Result<i32, Rea
 pub(crate) fn packet(skb: &mut Skb, family: Family, endpoint: &Endpoint) -> Result<i32, Reason> {
     skb.grow_head(ETHERNET_LEN)?;
     let ethernet = skb.header_mut::<Ethernet>(0).ok_or(Reason::Internal)?;
-    *ethernet = Ethernet {
-        dst: endpoint.mac,
-        src: endpoint.host_mac,
-        kind_be: match family {
-            Family::V4 => ETH_P_IP.to_be(),
-            Family::V6 => ETH_P_IPV6.to_be(),
-        },
+    copy_mac(&mut ethernet.dst, &endpoint.mac);
+    copy_mac(&mut ethernet.src, &endpoint.host_mac);
+    ethernet.kind_be = match family {
+        Family::V4 => ETH_P_IP.to_be(),
+        Family::V6 => ETH_P_IPV6.to_be(),
     };
     Ok(hand_over(skb, endpoint))
 }

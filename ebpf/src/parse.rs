@@ -20,7 +20,7 @@ use crate::{
         UDP_LEN, Udp,
     },
     maps::{self, Cursor},
-    skb::Skb,
+    skb::{Skb, copy_address},
     translate::Tuple,
 };
 
@@ -274,8 +274,8 @@ fn ipv6(skb: &mut Skb, l2: usize, packet: &mut Packet) -> Result<(), Reason> {
     if ip.dst[0].to_ne_bytes()[0] == 0xff {
         return Err(Reason::NotMesh);
     }
-    packet.key.src.words = ip.src;
-    packet.key.dst.words = ip.dst;
+    copy_address(&mut packet.key.src.words, &ip.src);
+    copy_address(&mut packet.key.dst.words, &ip.dst);
     packet.key.proto = ip.next;
     packet.hops = ip.hops;
     packet.end = (l2 + total) as u32;

@@ -252,6 +252,28 @@ impl Skb {
     }
 }
 
+/// Copies an address word by word: a copy as a whole, of places that may overlap, is a call that loops over octets.
+#[inline(always)]
+pub(crate) fn copy_address(to: &mut [u32; 4], from: &[u32; 4]) {
+    let [a, b, c, d] = *from;
+    for (to, from) in to.iter_mut().zip([a, b, c, d]) {
+        // SAFETY: a valid reference.
+        unsafe { (to as *mut u32).write_volatile(from) }
+    }
+}
+
+/// The same for a hardware address, which stands at an even place wherever it stands.
+#[inline(always)]
+pub(crate) fn copy_mac(to: &mut [u8; 6], from: &[u8; 6]) {
+    let from = from.as_ptr().cast::<u16>();
+    let to = to.as_mut_ptr().cast::<u16>();
+    for at in 0..3 {
+        // SAFETY: three words are the six octets of each; in a frame, an `Ethernet` and an `Endpoint` they are at even
+        // offsets of what is aligned to two at least.
+        unsafe { to.add(at).write_volatile(from.add(at).read()) }
+    }
+}
+
 /// The sum of `bytes`, whose length is a multiple of four.
 #[inline(always)]
 pub(crate) fn sum_of(bytes: &[u8]) -> u64 {

@@ -13,7 +13,7 @@ use crate::{
     csum,
     header::{Icmp, Ipv4, Ipv6},
     parse::{Family, Kind, Packet},
-    skb::{Covers, Skb, UDP_CHECKSUM},
+    skb::{Covers, Skb, UDP_CHECKSUM, copy_address},
 };
 
 /// Addresses and ports; for ICMP echo the identifier stands in `sport_be` (request) or `dport_be` (reply).
@@ -109,8 +109,8 @@ fn write_addresses(
         Family::V6 => {
             let ip = skb.header_mut::<Ipv6>(l2).ok_or(Reason::Internal)?;
             ip.hops = ip.hops.wrapping_sub(1);
-            ip.src = tuple.src.words;
-            ip.dst = tuple.dst.words;
+            copy_address(&mut ip.src, &tuple.src.words);
+            copy_address(&mut ip.dst, &tuple.dst.words);
         }
     }
     Ok(())
