@@ -47,7 +47,7 @@ pub(crate) fn translate(
         Some(found) if packet.quoted.dst == packet.key.dst => found,
         _ => return Ok(None),
     };
-    let flow = found.entry.flow();
+    let flow = found.flow();
     packet.to = if packet.quoted.direction == FLOW_FORWARD {
         flow::translated(config, &packet.quoted, flow)
     } else {

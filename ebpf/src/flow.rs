@@ -1,20 +1,27 @@
 //! What is remembered of a flow, and the life of a TCP connection.
 //!
 //! ```text
-//!   SYN            FLOWS_LRU: forward + reverse
-//!   SYN, ACK       the reverse entry notes it
-//!   ACK            both are put into FLOWS (full: refused); the old pair stays behind as a shadow
-//!   FIN, FIN | RST both leave FLOWS; the pair in FLOWS_LRU ages out
+//!            FLOWS, TCP                                    gives way?
+//!   SYN      forward + reverse, and the key into AGEING    oldest first
+//!   SYN, ACK the reverse entry notes it                    oldest first
+//!   ACK      both are established                          never
+//!   FIN, FIN | RST   over: the key into AGEING again       oldest first
 //! ```
 //!
-//! `FLOWS` is asked first, so a shadow is never seen while its flow lives. A flow has a forward and a reverse
-//! entry; each holds what is needed to make the other's key. UDP and ICMP echo live in `FLOWS_LRU` alone.
+//! `AGEING` is a queue of bounded length. Whoever finds it full takes the oldest key out, and if that connection is
+//! not established or over, both of its entries go; so do they when `FLOWS` is full. So what opens and what lingers
+//! is bounded, without user space, and a flood of either never costs an established connection. What is over still
+//! translates the last acknowledgements, but counts for no quota.
+//!
+//! A flow has a forward and a reverse entry; each holds what is needed to make the other's key. UDP and ICMP echo
+//! live in `FLOWS_LRU`.
 
 use ebpf_common::{
     addr::NODE_ENDPOINT,
     layout::{
-        Addr, Backend, Config, FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD,
-        FLOW_HAIRPIN, FLOW_INBOUND, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow, FlowKey, PROTO_TCP,
+        ACCOUNT_DATAGRAM, ACCOUNT_INBOUND, ACCOUNT_TCP, Addr, Backend, Config, Endpoint,
+        FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_HAIRPIN,
+        FLOW_INBOUND, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow, FlowKey,
     },
     reason::Reason,
 };
@@ -22,33 +29,15 @@ use ebpf_common::{
 use crate::{
     header::TCP_RST,
     log,
-    maps::{self, Entry, Table},
+    maps::{self, Entry, Inserted, Table, Tally},
     parse::{Family, Kind, Packet},
     translate::Tuple,
 };
 
-/// A flow entry and where it was.
-#[derive(Clone, Copy)]
-pub(crate) struct Found {
-    pub(crate) entry: Entry,
-    pub(crate) table: Table,
-}
-
-/// The entry of `key`, in the table that counts.
+/// The entry of `key`.
 #[inline(always)]
-pub(crate) fn find(key: &FlowKey) -> Option<Found> {
-    if key.proto == PROTO_TCP
-        && let Some(entry) = Table::Established.get(key)
-    {
-        return Some(Found {
-            entry,
-            table: Table::Established,
-        });
-    }
-    Table::Recent.get(key).map(|entry| Found {
-        entry,
-        table: Table::Recent,
-    })
+pub(crate) fn find(key: &FlowKey) -> Option<Entry> {
+    Table::of(key.proto).get(key)
 }
 
 /// Whether both directions have ended, or the connection was reset.
@@ -119,68 +108,100 @@ fn forward_key(key: &FlowKey, flow: &Flow, sender: u32) -> FlowKey {
     }
 }
 
-/// Removes a flow by its forward entry.
+// The table is a constant where it is known: otherwise the verifier tries both at every step of a flow.
+
+/// Removes a connection by its forward entry.
 #[inline(never)]
-pub(crate) fn forget(config: &Config, key: &FlowKey, flow: &Flow) {
-    let reverse = reverse_key(config, key, flow);
-    for table in [Table::Established, Table::Recent] {
-        table.remove(&reverse);
-        table.remove(key);
+pub(crate) fn forget_connection(config: &Config, key: &FlowKey, entry: Entry) {
+    let was_counted = !is_over(entry.flags());
+    if forget(Table::Connections, config, key, entry) && was_counted {
+        tell_closed(key.endpoint, ACCOUNT_TCP);
     }
 }
 
-/// Moves a connection into `FLOWS` once the client has answered the backend's SYN.
+/// Removes a datagram's flow by its forward entry.
 #[inline(never)]
-pub(crate) fn promote(config: &Config, key: &FlowKey, forward: Entry) -> Result<(), Reason> {
-    let reverse_key = reverse_key(config, key, forward.flow());
-    let Some(reverse) = Table::Recent.get(&reverse_key) else {
-        // Its answers would not be recognised any more.
-        forget(config, key, forward.flow());
-        return Err(Reason::NoFlow);
-    };
-    if reverse.flags() & FLOW_SYN_ACK == 0 {
-        return Ok(());
+pub(crate) fn forget_datagrams(config: &Config, key: &FlowKey, entry: Entry) {
+    if forget(Table::Datagrams, config, key, entry) {
+        tell_closed(key.endpoint, ACCOUNT_DATAGRAM);
     }
-    reverse.set(FLOW_ESTABLISHED);
-    forward.set(FLOW_ESTABLISHED | FLOW_SYN_ACK);
-    if Table::Established.put(&reverse_key, reverse.flow())
-        && Table::Established.put(key, forward.flow())
+}
+
+/// Removes a flow by its forward entry, the reverse one only where it is this flow's; false where it was gone.
+#[inline(always)]
+fn forget(table: Table, config: &Config, key: &FlowKey, entry: Entry) -> bool {
+    let reverse = reverse_key(config, key, entry.flow());
+    if let Some(other) = table.get(&reverse)
+        && belongs_to(other.flow(), key)
     {
-        Ok(())
-    } else {
-        forget(config, key, forward.flow());
-        Err(Reason::FlowTableFull)
+        table.remove(&reverse);
+    }
+    table.remove(key)
+}
+
+#[inline(always)]
+fn tell_closed(endpoint: u32, kind: usize) {
+    if let Some(tally) = Tally::find(endpoint) {
+        tally.closed(kind);
     }
 }
 
-/// Notes a FIN or RST on both entries; a connection that is over leaves `FLOWS`. Whether this one made it so.
+/// Whether a reverse entry is of the flow with this forward key.
 #[inline(always)]
-fn close(key: &FlowKey, own: Found, partner_key: &FlowKey, bits: u32) -> bool {
-    let was_over = is_over(own.entry.flags());
-    own.entry.set(bits);
-    let ends = !was_over && is_over(own.entry.flags());
-    let Some(partner) = find(partner_key) else {
-        return ends;
+pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey) -> bool {
+    reverse.addr == key.dst
+        && reverse.port_be == key.dport_be
+        && reverse.client_port_be == key.sport_be
+}
+
+/// Puts a connection that opens, or is over, behind the others that give way.
+#[inline(always)]
+pub(crate) fn age(config: &Config, key: &FlowKey) {
+    if !maps::age(key) {
+        give_way(config);
+        // Another CPU may have taken the room: then user space collects it.
+        maps::age(key);
+    }
+}
+
+/// Lets one connection give way; false when none does.
+#[inline(always)]
+pub(crate) fn make_room() -> bool {
+    maps::config().is_ok_and(give_way)
+}
+
+/// Takes the oldest connection that gives way out of `AGEING`, and out of `FLOWS` where it has not become
+/// established; false when there is none.
+#[inline(never)]
+fn give_way(config: &Config) -> bool {
+    let Some(key) = maps::oldest() else {
+        return false;
     };
-    partner.entry.set(bits);
-    if is_over(own.entry.flags()) {
-        settle(key, own);
-        settle(partner_key, partner);
+    if let Some(entry) = Table::Connections.get(&key) {
+        let flags = entry.flags();
+        if is_over(flags) || flags & FLOW_ESTABLISHED == 0 {
+            forget_connection(config, &key, entry);
+        }
     }
-    ends
+    true
 }
 
-/// Moves one entry of a connection that is over out of `FLOWS`.
-#[inline(always)]
-fn settle(key: &FlowKey, found: Found) {
-    if found.table == Table::Established {
-        match Table::Recent.get(key) {
-            Some(shadow) => shadow.set(found.entry.flags()),
-            None => {
-                Table::Recent.put(key, found.entry.flow());
+/// Notes that the client has answered the backend's SYN.
+#[inline(never)]
+pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Result<(), Reason> {
+    match Table::Connections.get(&reverse_key(config, key, forward.flow())) {
+        Some(reverse) if belongs_to(reverse.flow(), key) => {
+            if reverse.flags() & FLOW_SYN_ACK != 0 {
+                reverse.set(FLOW_ESTABLISHED);
+                forward.set(FLOW_ESTABLISHED | FLOW_SYN_ACK);
             }
+            Ok(())
         }
-        Table::Established.remove(key);
+        _ => {
+            // Its answers would not be recognised any more.
+            forget_connection(config, key, forward);
+            Err(Reason::NoFlow)
+        }
     }
 }
 
@@ -189,22 +210,40 @@ fn settle(key: &FlowKey, found: Found) {
 
 /// Notes the end of the client's direction.
 #[inline(never)]
-pub(crate) fn close_forward(config: &Config, packet: &Packet, own: Found) {
-    let partner = reverse_key(config, &packet.key, own.entry.flow());
-    let born_s = own.entry.flow().born_s;
-    if close(&packet.key, own, &partner, ending(packet, FLOW_FIN_CLIENT)) {
-        log::ended(packet, born_s);
+pub(crate) fn close_forward(config: &Config, packet: &Packet, forward: Entry) {
+    let bits = ending(packet, FLOW_FIN_CLIENT);
+    if let Some(reverse) = Table::Connections.get(&reverse_key(config, &packet.key, forward.flow()))
+    {
+        reverse.set(bits);
+    }
+    if end(config, &packet.key, forward, bits) {
+        log::ended(packet, forward.flow().born_s);
     }
 }
 
 /// Notes the end of the backend's direction.
 #[inline(never)]
-fn close_reverse(packet: &Packet, own: Found, sender: u32) {
-    let partner = forward_key(&packet.key, own.entry.flow(), sender);
-    let born_s = own.entry.flow().born_s;
-    if close(&packet.key, own, &partner, ending(packet, FLOW_FIN_BACKEND)) {
-        log::ended(packet, born_s);
+fn close_reverse(config: &Config, packet: &Packet, reverse: Entry, sender: u32) {
+    let bits = ending(packet, FLOW_FIN_BACKEND);
+    reverse.set(bits);
+    let key = forward_key(&packet.key, reverse.flow(), sender);
+    if let Some(forward) = Table::Connections.get(&key)
+        && end(config, &key, forward, bits)
+    {
+        log::ended(packet, reverse.flow().born_s);
     }
+}
+
+/// Notes an end on the forward entry, which decides when the connection is over: whether it is now.
+#[inline(always)]
+fn end(config: &Config, key: &FlowKey, forward: Entry, bits: u32) -> bool {
+    let before = forward.set(bits);
+    let ends = !is_over(before) && is_over(before | bits);
+    if ends {
+        tell_closed(key.endpoint, ACCOUNT_TCP);
+        age(config, key);
+    }
+    ends
 }
 
 #[inline(always)]
@@ -219,22 +258,26 @@ const fn ending(packet: &Packet, fin: u32) -> u32 {
 /// Decides what a backend's packet is to the endpoint `client`; `None` where it belongs to no translated flow.
 /// `sender` is the number of the endpoint that it comes from, 0 for the tunnel.
 #[inline(always)]
-pub(crate) fn undo(packet: &mut Packet, client: u32, sender: u32) -> Option<()> {
+pub(crate) fn undo(config: &Config, packet: &mut Packet, client: u32, sender: u32) -> Option<()> {
     packet.key.direction = FLOW_REVERSE;
     packet.key.endpoint = client;
-    let found = find(&packet.key)?;
-    let entry = found.entry;
+    if packet.kind != Kind::Tcp {
+        let entry = Table::Datagrams.get(&packet.key)?;
+        packet.to = undone(&packet.key, entry.flow());
+        packet.belongs_to(entry.flow());
+        entry.touch();
+        return Some(());
+    }
+    let entry = Table::Connections.get(&packet.key)?;
     packet.to = undone(&packet.key, entry.flow());
     packet.belongs_to(entry.flow());
-    if packet.kind == Kind::Tcp {
-        if packet.accepts() {
-            entry.set(FLOW_SYN_ACK);
-        }
-        if packet.closes() {
-            close_reverse(packet, found, sender);
-        }
-    }
     entry.touch();
+    if packet.accepts() {
+        entry.set(FLOW_SYN_ACK);
+    }
+    if packet.closes() {
+        close_reverse(config, packet, entry, sender);
+    }
     Some(())
 }
 
@@ -268,28 +311,42 @@ pub(crate) fn translated(config: &Config, key: &FlowKey, flow: &Flow) -> Tuple {
     }
 }
 
-/// Remembers that a datagram was delivered to the local endpoint `endpoint` untranslated, so that its answer may leave.
+/// Remembers that a datagram was delivered to a local endpoint untranslated, so that its answer may leave.
 #[inline(always)]
-pub(crate) fn note_inbound(packet: &Packet, endpoint: u32) {
+pub(crate) fn note_inbound(packet: &Packet, endpoint: &Endpoint) -> Result<(), Reason> {
     let key = FlowKey {
-        endpoint,
+        endpoint: endpoint.number,
         direction: FLOW_INBOUND,
         ..packet.key
     };
-    match Table::Recent.get(&key) {
+    match Table::Datagrams.get(&key) {
         Some(entry) => {
             entry.touch();
+            Ok(())
         }
-        None => {
-            let now = maps::now_ns();
-            let flow = Flow {
-                last_seen_ns: now,
-                born_s: maps::seconds(now),
-                ..EMPTY
-            };
-            Table::Recent.put(&key, &flow);
-        }
+        None => first_inbound(&key, endpoint),
     }
+}
+
+#[inline(never)]
+fn first_inbound(key: &FlowKey, endpoint: &Endpoint) -> Result<(), Reason> {
+    let tally = Tally::of(endpoint.number)
+        .ok_or(Reason::Internal)?
+        .with_room(endpoint, ACCOUNT_INBOUND)
+        .ok_or(Reason::FlowQuota)?;
+    let now = maps::now_ns();
+    let flow = Flow {
+        last_seen_ns: now,
+        born_s: maps::seconds(now),
+        ..EMPTY
+    };
+    match Table::Datagrams.insert(key, &flow) {
+        Inserted::Yes => tally.opened(ACCOUNT_INBOUND),
+        // Another CPU was first.
+        Inserted::Exists => {}
+        Inserted::Full => return Err(Reason::Internal),
+    }
+    Ok(())
 }
 
 /// Whether a datagram of the local endpoint `endpoint` answers one that was delivered to it.
@@ -305,7 +362,7 @@ pub(crate) fn answers_inbound(packet: &Packet, endpoint: u32) -> bool {
         direction: FLOW_INBOUND,
         pad: 0,
     };
-    match Table::Recent.get(&key) {
+    match Table::Datagrams.get(&key) {
         Some(entry) => {
             entry.touch();
             true

@@ -12,8 +12,14 @@
 //! The maps are described in `ebpf_common::layout`.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(
+    internal_features,
+    reason = "stable Rust has no atomic addition for BPF: its targets have no compare-and-swap"
+)]
 
 mod address;
+mod atomic;
 mod count;
 mod csum;
 mod deliver;
@@ -53,11 +59,17 @@ pub(crate) fn weft_dispatch_tunnel(context: TcContext) -> i32 {
     maps::call(&context, PROGRAM_TUNNEL).unwrap_or(TC_ACT_SHOT)
 }
 
-/// What an endpoint sends.
+/// What an endpoint sends. Where the connections are too many, it starts over after one has given way; the
+/// kernel bounds how often (33 tail calls).
 #[classifier]
 pub(crate) fn weft_pod(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
-    pod::from_endpoint(&mut skb).unwrap_or_else(|reason| refused(&mut skb, reason))
+    pod::from_endpoint(&mut skb).unwrap_or_else(|reason| {
+        if reason == Reason::FlowTableFull && flow::make_room() {
+            skb.start_over(PROGRAM_POD);
+        }
+        refused(&mut skb, reason)
+    })
 }
 
 /// What comes out of the tunnel.

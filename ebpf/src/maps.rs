@@ -5,24 +5,24 @@
 //! with that: what is read is checked again where it is used as an index, and the worst case is one packet to
 //! a place that was right a moment ago.
 
-use core::ptr::NonNull;
+use core::{mem::offset_of, ptr::NonNull};
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     helpers::generated::bpf_ktime_get_coarse_ns,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, Queue},
     programs::TcContext,
 };
 use ebpf_common::{
     layout::{
-        Addr, Backend, Config, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PROGRAM_SLOTS, Peer,
-        Vip, VipKey,
+        ACCOUNT_KINDS, Account, Addr, Backend, Config, Endpoint, Flow, FlowKey, Fragment,
+        FragmentKey, PROGRAM_SLOTS, PROTO_TCP, Peer, Settled, Vip, VipKey,
     },
     reason::Reason,
 };
 
-use crate::parse::Packet;
+use crate::{atomic, parse::Packet};
 
 // The sizes are what one node of a few hundred pods needs; the loader may set others.
 #[map]
@@ -47,6 +47,12 @@ static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entri
 static PEERS: HashMap<Addr, Peer> = HashMap::with_max_entries(16_384, 0);
 #[map]
 static ANSWERS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(4096, 0);
+#[map]
+static AGEING: Queue<FlowKey> = Queue::with_max_entries(32_768, 0);
+#[map]
+static ACCOUNTS: HashMap<u32, Account> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+#[map]
+static SETTLED: HashMap<u32, Settled> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
 #[map]
@@ -238,12 +244,20 @@ impl Entry {
         unsafe { (&raw const (*self.0.as_ptr()).flags).read_volatile() }
     }
 
-    /// Sets bits; the two directions' packets race only for bits that each sets again with its next packet.
+    /// Sets bits; what they were before. Of two CPUs that set the last bit of something, one sees that it did.
     #[inline(always)]
-    pub(crate) fn set(&self, bits: u32) {
-        let flags = self.flags() | bits;
-        // SAFETY: as for `flow`; an aligned word of map memory.
-        unsafe { (&raw mut (*self.0.as_ptr()).flags).write_volatile(flags) }
+    pub(crate) fn set(&self, bits: u32) -> u32 {
+        /// The word that `flags` is the upper half of, in the byte order that all our machines have.
+        const WORD: usize = offset_of!(Flow, port_be);
+        const {
+            assert!(WORD.is_multiple_of(8) && offset_of!(Flow, flags) == WORD + 4);
+            assert!(cfg!(target_endian = "little"));
+        }
+        // SAFETY: as for `flow`; an aligned word of map memory, whose lower half no bit is set in. BPF has no
+        // smaller atomic operation that tells the old value.
+        let before =
+            unsafe { atomic::or(self.0.as_ptr().byte_add(WORD).cast(), u64::from(bits) << 32) };
+        (before >> 32) as u32
     }
 
     /// Makes the entry another flow's. Cheaper than an insert, which takes a new element even where there is one.
@@ -270,49 +284,143 @@ impl Entry {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Table {
     /// `FLOWS`.
-    Established,
+    Connections,
     /// `FLOWS_LRU`.
-    Recent,
+    Datagrams,
+}
+
+/// What became of an insert.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    Yes,
+    /// There is an entry with that key.
+    Exists,
+    /// The table is full.
+    Full,
 }
 
 impl Table {
+    /// The table of a protocol.
+    #[inline(always)]
+    pub(crate) const fn of(proto: u8) -> Self {
+        match proto {
+            PROTO_TCP => Self::Connections,
+            _ => Self::Datagrams,
+        }
+    }
+
     /// The entry of `key`.
     #[inline(always)]
     pub(crate) fn get(self, key: &FlowKey) -> Option<Entry> {
         match self {
-            Self::Established => FLOWS.get_ptr_mut(key),
-            Self::Recent => FLOWS_LRU.get_ptr_mut(key),
+            Self::Connections => FLOWS.get_ptr_mut(key),
+            Self::Datagrams => FLOWS_LRU.get_ptr_mut(key),
         }
         .and_then(Entry::new)
     }
 
-    /// Writes an entry, whether there is one or not; false when the table is full.
+    /// Writes an entry where there is none.
     #[inline(always)]
-    pub(crate) fn put(self, key: &FlowKey, flow: &Flow) -> bool {
-        match self {
-            Self::Established => FLOWS.insert(key, flow, u64::from(BPF_ANY)),
-            Self::Recent => FLOWS_LRU.insert(key, flow, u64::from(BPF_ANY)),
-        }
-        .is_ok()
-    }
-
-    /// Writes an entry where there is none; false when there is one.
-    #[inline(always)]
-    pub(crate) fn claim(self, key: &FlowKey, flow: &Flow) -> bool {
-        match self {
-            Self::Established => FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)),
-            Self::Recent => FLOWS_LRU.insert(key, flow, u64::from(BPF_NOEXIST)),
-        }
-        .is_ok()
-    }
-
-    /// Removes an entry, where there is one.
-    #[inline(always)]
-    pub(crate) fn remove(self, key: &FlowKey) {
-        // An entry that is not there is what was wanted.
-        let _ = match self {
-            Self::Established => FLOWS.remove(key),
-            Self::Recent => FLOWS_LRU.remove(key),
+    pub(crate) fn insert(self, key: &FlowKey, flow: &Flow) -> Inserted {
+        /// `EEXIST` of errno(3).
+        const EXISTS: i32 = -17;
+        let inserted = match self {
+            Self::Connections => FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)),
+            Self::Datagrams => FLOWS_LRU.insert(key, flow, u64::from(BPF_NOEXIST)),
         };
+        match inserted {
+            Ok(()) => Inserted::Yes,
+            Err(EXISTS) => Inserted::Exists,
+            Err(_) => Inserted::Full,
+        }
+    }
+
+    /// Removes an entry; false where there was none.
+    #[inline(always)]
+    pub(crate) fn remove(self, key: &FlowKey) -> bool {
+        match self {
+            Self::Connections => FLOWS.remove(key),
+            Self::Datagrams => FLOWS_LRU.remove(key),
+        }
+        .is_ok()
+    }
+}
+
+/// Puts a connection at the end of `AGEING`; false where there is no room.
+#[inline(always)]
+pub(crate) fn age(key: &FlowKey) -> bool {
+    AGEING.push(key, 0).is_ok()
+}
+
+/// Takes the oldest connection out of `AGEING`.
+#[inline(always)]
+pub(crate) fn oldest() -> Option<FlowKey> {
+    AGEING.pop().ok().flatten()
+}
+
+/// The count of an endpoint's flows.
+#[derive(Clone, Copy)]
+pub(crate) struct Tally(NonNull<Account>);
+
+impl Tally {
+    /// An endpoint's; it is made where there is none yet, and `None` where there is no room for it.
+    #[inline(always)]
+    pub(crate) fn of(endpoint: u32) -> Option<Self> {
+        const NONE: Account = Account {
+            opened: [0; ACCOUNT_KINDS],
+            closed: [0; ACCOUNT_KINDS],
+        };
+        if let Some(tally) = Self::find(endpoint) {
+            return Some(tally);
+        }
+        // Another CPU may be first, which is as good.
+        let _ = ACCOUNTS.insert(endpoint, NONE, u64::from(BPF_NOEXIST));
+        Self::find(endpoint)
+    }
+
+    /// An endpoint's, if it ever opened a flow.
+    #[inline(always)]
+    pub(crate) fn find(endpoint: u32) -> Option<Self> {
+        ACCOUNTS
+            .get_ptr_mut(endpoint)
+            .and_then(NonNull::new)
+            .map(Self)
+    }
+
+    /// The count, if the endpoint may have one more of `kind`.
+    #[inline(always)]
+    pub(crate) fn with_room(self, endpoint: &Endpoint, kind: usize) -> Option<Self> {
+        let quota = u64::from(endpoint.quota_of(kind));
+        if quota == 0 {
+            return Some(self);
+        }
+        // SAFETY: the lookup returned it; aligned words that other CPUs add to.
+        let (opened, closed) = unsafe {
+            let account = self.0.as_ptr();
+            (
+                (&raw const (*account).opened[kind]).read_volatile(),
+                (&raw const (*account).closed[kind]).read_volatile(),
+            )
+        };
+        if Account::used(opened, closed, 0) < quota {
+            return Some(self);
+        }
+        // SAFETY: as for `endpoint`.
+        let gone = unsafe { SETTLED.get(endpoint.number) }.map_or(0, |settled| settled.gone[kind]);
+        (Account::used(opened, closed, gone) < quota).then_some(self)
+    }
+
+    /// Counts a flow that was opened.
+    #[inline(always)]
+    pub(crate) fn opened(&self, kind: usize) {
+        // SAFETY: the lookup returned it; an aligned word of map memory.
+        unsafe { atomic::add(&raw mut (*self.0.as_ptr()).opened[kind], 1) };
+    }
+
+    /// Counts a flow that ended.
+    #[inline(always)]
+    pub(crate) fn closed(&self, kind: usize) {
+        // SAFETY: as for `opened`.
+        unsafe { atomic::add(&raw mut (*self.0.as_ptr()).closed[kind], 1) };
     }
 }

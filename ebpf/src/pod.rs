@@ -103,7 +103,7 @@ fn to_endpoint(
         };
     }
     if let Way::Local(receiver) = way
-        && flow::undo(packet, receiver.number, endpoint.number).is_some()
+        && flow::undo(config, packet, receiver.number, endpoint.number).is_some()
     {
         translate::translate(skb, ETHERNET_LEN, packet)?;
         count::passed(skb, ETHERNET_LEN, packet);
@@ -153,7 +153,7 @@ fn back(skb: &mut Skb, config: &Config, packet: &Packet, way: Way) -> Result<i32
 fn admit(endpoint: &Endpoint, packet: &Packet, way: Way) -> Result<(), Reason> {
     if endpoint.number == NODE_ENDPOINT {
         if let (Kind::Udp, Way::Local(receiver)) = (packet.kind, way) {
-            flow::note_inbound(packet, receiver.number);
+            flow::note_inbound(packet, receiver)?;
         }
         return Ok(());
     }

@@ -14,7 +14,10 @@ use aya_ebpf::{
 };
 use ebpf_common::reason::Reason;
 
-use crate::header::{Ethernet, Icmp, Ipv4, Ipv6, Tcp, Udp};
+use crate::{
+    header::{Ethernet, Icmp, Ipv4, Ipv6, Tcp, Udp},
+    maps,
+};
 
 /// Plain data that every byte pattern is a value of.
 ///
@@ -228,6 +231,12 @@ impl Skb {
                 bpf_skb_change_type(self.0.skb.skb, PACKET_HOST);
             }
         }
+    }
+
+    /// Runs the program in a slot of `PROGRAMS` instead; comes back only where that is not possible.
+    #[inline(always)]
+    pub(crate) fn start_over(&self, slot: u32) {
+        maps::call(&self.0, slot);
     }
 
     /// Sends the packet out of a device.

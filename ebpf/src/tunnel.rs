@@ -54,14 +54,14 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
         if error::translate(skb, 0, config, packet)?.is_none() {
             translate::pass(skb, 0, family)?;
         }
-    } else if flow::undo(packet, endpoint.number, 0).is_some() {
+    } else if flow::undo(config, packet, endpoint.number, 0).is_some() {
         translate::translate(skb, 0, packet)?;
         count::passed(skb, 0, packet);
     } else if hold::is_on(config, CONFIG_HOLD_UNKNOWN) {
         return Err(Reason::Held);
     } else {
         if packet.kind == Kind::Udp {
-            flow::note_inbound(packet, endpoint.number);
+            flow::note_inbound(packet, endpoint)?;
         }
         translate::pass(skb, 0, family)?;
     }

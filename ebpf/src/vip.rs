@@ -3,8 +3,9 @@
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
     layout::{
-        Addr, Backend, CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_FORWARD,
-        FLOW_HAIRPIN, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP,
+        ACCOUNT_DATAGRAM, ACCOUNT_TCP, Addr, BACKEND_LIVE, Backend, CONFIG_HOLD_NEW,
+        CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_ESTABLISHED, FLOW_FORWARD, FLOW_HAIRPIN,
+        FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, VIP_FOLLOW,
         VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick,
@@ -12,10 +13,8 @@ use ebpf_common::{
 };
 
 use crate::{
-    count,
-    flow::{self, Found},
-    hold, log,
-    maps::{self, Entry, Table},
+    count, flow, hold, log,
+    maps::{self, Entry, Inserted, Table, Tally},
     parse::{Family, Kind, Packet},
 };
 
@@ -32,78 +31,113 @@ pub(crate) fn resolve(
 ) -> Result<(), Reason> {
     packet.key.direction = FLOW_FORWARD;
     packet.key.endpoint = endpoint.number;
-    let found = flow::find(&packet.key);
     match packet.kind {
-        Kind::Tcp if packet.opens() => match found {
-            Some(found)
-                if found.entry.flow().isn_be == packet.seq_be
-                    && flow::live_backend(found.entry.flow()).is_some() =>
-            {
-                translate_to(config, packet, found.entry);
+        Kind::Tcp => {
+            let found = Table::Connections.get(&packet.key);
+            if packet.opens() {
+                syn(config, endpoint, packet, policy, found)
+            } else {
+                let found =
+                    found.ok_or_else(|| hold::or(config, CONFIG_HOLD_UNKNOWN, Reason::NoFlow))?;
+                segment(config, packet, found)
+            }
+        }
+        Kind::Udp | Kind::EchoRequest => match Table::Datagrams.get(&packet.key) {
+            Some(entry) => datagram(config, packet, policy, entry),
+            None => {
+                let tally = admit(endpoint, ACCOUNT_DATAGRAM)?;
+                open_datagrams(config, packet, policy)?;
+                begun(packet, tally, ACCOUNT_DATAGRAM);
                 Ok(())
             }
-            Some(found) => {
-                // What is over may stay until it is written over.
-                if found.table == Table::Established || !flow::is_over(found.entry.flags()) {
-                    flow::forget(config, &packet.key, found.entry.flow());
-                }
-                begin(config, packet, policy)
-            }
-            None => begin(config, packet, policy),
-        },
-        Kind::Tcp => {
-            let found =
-                found.ok_or_else(|| hold::or(config, CONFIG_HOLD_UNKNOWN, Reason::NoFlow))?;
-            segment(config, packet, found)
-        }
-        Kind::Udp | Kind::EchoRequest => match found {
-            Some(found) => datagram(config, packet, found.entry),
-            None => begin(config, packet, policy),
         },
         Kind::EchoReply => Err(Reason::NoFlow),
         Kind::IcmpError => Err(Reason::Protocol),
     }
 }
 
-/// Opens a flow, and tells of it.
+/// A segment that opens a connection, or repeats that it does.
 #[inline(always)]
-fn begin(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
-    open(config, packet, policy)?;
+fn syn(
+    config: &Config,
+    endpoint: &Endpoint,
+    packet: &mut Packet,
+    policy: Policy,
+    found: Option<Entry>,
+) -> Result<(), Reason> {
+    if let Some(entry) = found {
+        if entry.flow().isn_be == packet.seq_be && flow::live_backend(entry.flow()).is_some() {
+            translate_to(config, packet, entry);
+            return Ok(());
+        }
+        flow::forget_connection(config, &packet.key, entry);
+    }
+    let tally = admit(endpoint, ACCOUNT_TCP)?;
+    open_connection(config, packet, policy)?;
+    begun(packet, tally, ACCOUNT_TCP);
+    flow::age(config, &packet.key);
+    Ok(())
+}
+
+/// Counts a flow that was opened, and tells of it.
+#[inline(always)]
+fn begun(packet: &Packet, tally: Tally, kind: usize) {
+    tally.opened(kind);
     count::opened(packet);
     log::opened(packet);
-    Ok(())
+}
+
+/// The account on which a new flow goes, where the endpoint may have one more.
+#[inline(always)]
+fn admit(endpoint: &Endpoint, kind: usize) -> Result<Tally, Reason> {
+    Tally::of(endpoint.number)
+        .ok_or(Reason::Internal)?
+        .with_room(endpoint, kind)
+        .ok_or(Reason::FlowQuota)
 }
 
 /// A segment of a connection that is known.
 #[inline(always)]
-fn segment(config: &Config, packet: &mut Packet, found: Found) -> Result<(), Reason> {
-    let flow = found.entry.flow();
+fn segment(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Reason> {
+    let flow = entry.flow();
     packet.belongs_to(flow);
     if flow::live_backend(flow).is_none() {
-        flow::forget(config, &packet.key, flow);
+        flow::forget_connection(config, &packet.key, entry);
         return Err(Reason::BackendGone);
     }
-    if found.table == Table::Recent && !flow::is_over(found.entry.flags()) {
-        flow::promote(config, &packet.key, found.entry)?;
+    if entry.flags() & FLOW_ESTABLISHED == 0 && !flow::is_over(entry.flags()) {
+        flow::establish(config, &packet.key, entry)?;
     }
     // Read before the connection is closed: its entry may be another's afterwards.
-    translate_to(config, packet, found.entry);
+    translate_to(config, packet, entry);
     if packet.closes() {
-        // It may have moved just now.
-        let found = flow::find(&packet.key).ok_or(Reason::Internal)?;
-        flow::close_forward(config, packet, found);
+        flow::close_forward(config, packet, entry);
     }
     Ok(())
 }
 
 /// A datagram or echo request of a flow that is known.
 #[inline(always)]
-fn datagram(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Reason> {
+fn datagram(
+    config: &Config,
+    packet: &mut Packet,
+    policy: Policy,
+    entry: Entry,
+) -> Result<(), Reason> {
     let flow = entry.flow();
     packet.belongs_to(flow);
-    if flow::live_backend(flow).is_none() {
-        flow::forget(config, &packet.key, flow);
-        return Err(Reason::BackendGone);
+    let backend = flow::live_backend(flow);
+    if backend.is_none_or(|backend| backend.flags & BACKEND_LIVE == 0) {
+        if follows(packet) {
+            match open_datagrams(config, packet, policy) {
+                // Where there is nowhere else to go, a draining backend serves on.
+                Err(Reason::NoBackend) if backend.is_some() => {}
+                moved => return moved,
+            }
+        } else if backend.is_none() {
+            flow::forget_datagrams(config, &packet.key, entry);
+            return Err(Reason::BackendGone);
+        }
     }
     if entry.touch() {
         keep_reverse(config, &packet.key, flow);
@@ -116,7 +150,8 @@ fn datagram(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Re
 #[inline(never)]
 fn keep_reverse(config: &Config, key: &FlowKey, flow: &Flow) {
     let reverse_key = flow::reverse_key(config, key, flow);
-    Table::Recent.claim(&reverse_key, &reverse_of(key, flow));
+    // Mostly it is there.
+    let _ = Table::Datagrams.insert(&reverse_key, &reverse_of(key, flow));
 }
 
 #[inline(always)]
@@ -137,9 +172,27 @@ fn reverse_of(key: &FlowKey, flow: &Flow) -> Flow {
     }
 }
 
-/// Opens a flow: picks a backend, claims the reverse entry, remembers both.
+/// Whether a datagram's flow is to move when its backend drains or dies.
 #[inline(never)]
-fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
+fn follows(packet: &mut Packet) -> bool {
+    lookup(packet).is_ok_and(|vip| vip.flags & VIP_FOLLOW != 0)
+}
+
+/// Opens a connection.
+#[inline(never)]
+fn open_connection(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
+    open(Table::Connections, config, packet, policy)
+}
+
+/// Opens a datagram's flow, or moves it to another backend.
+#[inline(never)]
+fn open_datagrams(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
+    open(Table::Datagrams, config, packet, policy)
+}
+
+/// Opens a flow: picks a backend, claims the reverse entry, remembers both.
+#[inline(always)]
+fn open(table: Table, config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reason> {
     if hold::is_on(config, CONFIG_HOLD_NEW) {
         return Err(Reason::Held);
     }
@@ -192,16 +245,16 @@ fn open(config: &Config, packet: &mut Packet, policy: Policy) -> Result<(), Reas
         direction: FLOW_REVERSE,
         pad: 0,
     };
-    claim_reverse(&mut key, &flow, hash)?;
+    claim_reverse(table, &mut key, &flow, hash)?;
     flow.addr = address;
     flow.port_be = vip.target_port_be;
     flow.client_port_be = key.dport_be;
-    if write(&packet.key, &flow) {
-        packet.to = flow::translated(config, &packet.key, &flow);
-        Ok(())
-    } else {
-        Err(Reason::Internal)
+    if let Err(reason) = write(table, &packet.key, &flow) {
+        table.remove(&key);
+        return Err(reason);
     }
+    packet.to = flow::translated(config, &packet.key, &flow);
+    Ok(())
 }
 
 /// The declared port that a packet asks for, or why there is none.
@@ -260,43 +313,44 @@ fn address_of(backend: &Backend, family: Family) -> Addr {
 
 /// Claims the reverse entry; where a live flow owns the tuple, under another source port (in `key`).
 #[inline(always)]
-fn claim_reverse(key: &mut FlowKey, reverse: &Flow, hash: u32) -> Result<(), Reason> {
+fn claim_reverse(table: Table, key: &mut FlowKey, reverse: &Flow, hash: u32) -> Result<(), Reason> {
     for attempt in 0..PORT_TRIES {
-        if claim(key, reverse) {
-            return Ok(());
+        match table.insert(key, reverse) {
+            Inserted::Yes => return Ok(()),
+            Inserted::Exists if displaces(table, key, reverse) => return Ok(()),
+            Inserted::Exists => {
+                // Ports 32768 to 65535, from a place of the flow's own; an odd step never repeats one.
+                let port = 0x8000 | (hash.wrapping_add(attempt.wrapping_mul(7919)) & 0x7fff);
+                key.dport_be = (port as u16).to_be();
+            }
+            Inserted::Full => return Err(Reason::FlowTableFull),
         }
-        // Ports 32768 to 65535, from a place of the flow's own; an odd step never repeats one.
-        let port = 0x8000 | (hash.wrapping_add(attempt.wrapping_mul(7919)) & 0x7fff);
-        key.dport_be = (port as u16).to_be();
     }
     Err(Reason::NoSourcePort)
 }
 
-/// Writes the reverse entry unless a live flow owns its key.
+/// Takes a reverse entry over that belongs to no live flow, or is what is left of the same client flow.
 #[inline(always)]
-fn claim(key: &FlowKey, reverse: &Flow) -> bool {
-    if key.proto == PROTO_TCP && Table::Established.get(key).is_some() {
-        return false;
-    }
-    match Table::Recent.get(key) {
+fn displaces(table: Table, key: &FlowKey, reverse: &Flow) -> bool {
+    match table.get(key) {
         Some(owner) if is_ours(owner.flow(), reverse) || flow::is_over(owner.flags()) => {
             owner.replace(reverse);
             true
         }
-        Some(_) => false,
-        None => Table::Recent.claim(key, reverse),
+        _ => false,
     }
 }
 
-/// Writes a forward entry, over an old one where there is one; false when the table is full.
+/// Writes a forward entry, over an old one where there is one.
 #[inline(always)]
-fn write(key: &FlowKey, flow: &Flow) -> bool {
-    match Table::Recent.get(key) {
-        Some(old) => {
-            old.replace(flow);
-            true
+fn write(table: Table, key: &FlowKey, flow: &Flow) -> Result<(), Reason> {
+    match table.insert(key, flow) {
+        Inserted::Yes => Ok(()),
+        Inserted::Exists => {
+            table.get(key).ok_or(Reason::Internal)?.replace(flow);
+            Ok(())
         }
-        None => Table::Recent.put(key, flow),
+        Inserted::Full => Err(Reason::FlowTableFull),
     }
 }
 

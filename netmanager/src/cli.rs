@@ -87,13 +87,13 @@ struct Run {
     /// How links carry the programs; asks the kernel by default.
     #[arg(long)]
     hook: Option<Hook>,
-    /// Established flows per pod; 0 is no limit.
-    #[arg(long, default_value_t = 32_768)]
+    /// TCP connections that a pod may have, and half as many UDP flows; 0 is no limit.
+    #[arg(long, default_value_t = 16_384)]
     flows_per_endpoint: u32,
     /// Endpoints in all: pods and the node's own.
     #[arg(long, default_value_t = 1_024, value_parser = size(16..=65_536))]
     endpoints: u32,
-    /// Established flows in all; half as many others (UDP, echoes, TCP that opens or closes) are remembered.
+    /// Entries for TCP in all, two for each connection; half as many are for UDP and echoes.
     #[arg(long, default_value_t = 131_072, value_parser = size(1_024..=16_777_216))]
     flows: u32,
     /// Backends in all, with those that died in the last two minutes.

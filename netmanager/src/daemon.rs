@@ -30,7 +30,7 @@ use crate::{
     metrics::{self, Gauges},
     observe,
     store::{Store, StoreError},
-    table_file,
+    table_file, tickle,
     tunnel::mtu_over,
 };
 
@@ -40,6 +40,7 @@ mod node;
 mod paths;
 mod prefixes;
 mod report;
+mod sweep;
 mod tunnels;
 
 use node::Node;
@@ -69,7 +70,7 @@ pub struct Settings {
     pub hook: Option<HookMode>,
     /// Sizes of new maps.
     pub sizes: Sizes,
-    /// How many established flows a pod may have; 0 is no limit.
+    /// How many TCP connections a pod may have, and half as many UDP flows; 0 is no limit.
     pub quota: u32,
     /// Names of the two ends of the node endpoint: the one with the addresses, the one with the program.
     pub endpoint_names: (String, String),
@@ -188,6 +189,11 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
 
     let (kept, keeping) = watch::channel(None);
     let keeping = tokio::spawn(node::keep_tables(store.clone(), keeping));
+    let (deaths, died) = watch::channel(Arc::default());
+    let (ending, ended) = watch::channel(0);
+    let [connections, _] = datapath.flow_tables()?;
+    tasks.spawn(tickle::follow(connections, died, ending));
+
     let mut node = Node::restore(node::Parts {
         datapath,
         links,
@@ -198,6 +204,8 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         tunnel,
         outbox,
         gauges,
+        deaths,
+        ended,
         shutdown: shutdown.clone(),
         settings: settings.clone(),
     })

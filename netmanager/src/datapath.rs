@@ -18,6 +18,7 @@ use crate::{
     store::process_of,
 };
 
+mod accounts;
 mod batch;
 mod bpf;
 mod bpffs;
@@ -34,6 +35,7 @@ mod stem;
 mod tables;
 mod takeover;
 
+pub use accounts::FlowAccounts;
 pub use batch::FlowTable;
 pub use bpf::{BpfDatapath, HookMode, Options, Sizes};
 pub use bpffs::remove_pins;

@@ -1,14 +1,17 @@
 //! Collects what the kernel programs leave: idle flows, flows of dead backends; and counts what a draining
-//! backend still has.
+//! backend and each endpoint still have.
 //!
 //! The maps are walked a page at a time, so that no pass holds up the daemon, and an answer is of the last
 //! whole pass. A flow is judged by itself alone; the programs never wait for this.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use ebpf_common::layout::{
-    Backend, FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_INBOUND,
-    FLOW_RST, Flow, FlowKey, PROTO_TCP,
+    ACCOUNT_DATAGRAM, ACCOUNT_INBOUND, ACCOUNT_TCP, Backend, FLOW_ESTABLISHED, FLOW_FIN_BACKEND,
+    FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_INBOUND, FLOW_RST, Flow, FlowKey, PROTO_TCP,
 };
 
 use crate::datapath::DatapathError;
@@ -18,11 +21,12 @@ use crate::datapath::DatapathError;
 pub struct Limits {
     /// Established TCP.
     pub tcp_idle: Duration,
-    /// TCP that was closed or reset.
+    /// TCP that was closed or reset, or never became established.
     pub tcp_closed: Duration,
     /// Of a backend that is dead: long enough for the programs to end it actively.
     pub dead: Duration,
-    /// UDP, echoes and unanswered SYNs count as a flow for so long.
+    /// UDP, echoes and unanswered SYNs count as a flow for so long; so long are they kept where an endpoint is
+    /// near its quota.
     pub datagram: Duration,
 }
 
@@ -55,11 +59,11 @@ pub trait FlowSource {
     /// When the map cannot be read; the walk starts over.
     fn next_page(&mut self) -> Result<Page, DatapathError>;
 
-    /// Removes a flow; one that is gone is removed already.
+    /// Removes a flow; false where it was gone already.
     ///
     /// # Errors
     /// When the map refuses.
-    fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError>;
+    fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError>;
 
     /// Starts the walk over.
     fn rewind(&mut self);
@@ -74,6 +78,21 @@ pub struct Census {
     pub kept: Vec<u64>,
     /// Entries removed.
     pub removed: u64,
+    /// Flows by the endpoint's number and the kind of its account, those only that were there when the pass began.
+    pub found: BTreeMap<(u32, usize), u64>,
+}
+
+/// What the flows are judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// The kernel's array.
+    pub backends: &'a BTreeMap<u32, Backend>,
+    /// Endpoints that are near their quota, by number.
+    pub pressed: &'a BTreeSet<u32>,
+    /// Whether connections of dead backends are being ended: until that is done, they must be found.
+    pub is_ending: bool,
+    /// Kernel monotonic time.
+    pub now: Duration,
 }
 
 /// The janitor over some maps.
@@ -82,11 +101,15 @@ pub struct Janitor<S> {
     limits: Limits,
     /// Which source the walk is in.
     at: usize,
+    /// When the pass began; `None` before its first page.
+    since: Option<Duration>,
     counting: Census,
+    /// Counted flows that were removed since somebody asked, as [`Census::found`].
+    removed: BTreeMap<(u32, usize), u64>,
 }
 
 impl<S: FlowSource> Janitor<S> {
-    /// A janitor that starts its first pass. The first source holds established connections, the others the rest.
+    /// A janitor that starts its first pass.
     #[must_use]
     pub fn new(sources: Vec<S>, limits: Limits) -> Self {
         let counting = Census {
@@ -97,19 +120,29 @@ impl<S: FlowSource> Janitor<S> {
             sources,
             limits,
             at: 0,
+            since: None,
             counting,
+            removed: BTreeMap::new(),
         }
     }
 
-    /// Judges one page of flows. `backends` is the kernel's array. Gives the census when this page ended a pass.
+    /// Whether the next page is a pass's first.
+    #[must_use]
+    pub const fn is_at_start(&self) -> bool {
+        self.since.is_none()
+    }
+
+    /// The counted flows that were removed since the last call, by endpoint and kind.
+    pub fn take_removed(&mut self) -> BTreeMap<(u32, usize), u64> {
+        std::mem::take(&mut self.removed)
+    }
+
+    /// Judges one page of flows. Gives the census when this page ended a pass.
     ///
     /// # Errors
     /// When a map cannot be read; the pass starts over.
-    pub fn step(
-        &mut self,
-        backends: &BTreeMap<u32, Backend>,
-        now: Duration,
-    ) -> Result<Option<Census>, DatapathError> {
+    pub fn step(&mut self, facts: Facts<'_>) -> Result<Option<Census>, DatapathError> {
+        let since = *self.since.get_or_insert(facts.now);
         let Some(source) = self.sources.get_mut(self.at) else {
             return Ok(None);
         };
@@ -121,17 +154,25 @@ impl<S: FlowSource> Janitor<S> {
             }
         };
         for (key, flow) in &page.flows {
-            if is_garbage(key, flow, backends, &self.limits, now) {
-                source.remove(key)?;
+            let account = account_of(key, flow);
+            if is_garbage(key, flow, &self.limits, facts) {
+                if source.remove(key)?
+                    && let Some(account) = account
+                {
+                    *self.removed.entry(account).or_default() += 1;
+                }
                 self.counting.removed += 1;
                 continue;
             }
             self.counting.kept[self.at] += 1;
-            let is_counted = match self.at {
-                0 => is_open(key, flow),
-                _ => is_recent(key, flow, &self.limits, now),
-            };
-            if is_counted && has_live_backend(flow, backends) {
+            if let Some(account) = account.filter(|_| u64::from(flow.born_s) <= since.as_secs()) {
+                *self.counting.found.entry(account).or_default() += 1;
+            }
+            if is_open(key, flow)
+                && (flow.flags & FLOW_ESTABLISHED != 0
+                    || idle(flow, facts.now) < self.limits.datagram)
+                && has_live_backend(flow, facts.backends)
+            {
                 *self.counting.by_backend.entry(flow.backend).or_default() += 1;
             }
         }
@@ -155,6 +196,7 @@ impl<S: FlowSource> Janitor<S> {
 
     fn begin(&mut self) -> Census {
         self.at = 0;
+        self.since = None;
         let fresh = Census {
             kept: vec![0; self.sources.len()],
             ..Census::default()
@@ -164,7 +206,7 @@ impl<S: FlowSource> Janitor<S> {
 }
 
 /// Whether the flow's backend is the one that it was made for, and alive.
-fn has_live_backend(flow: &Flow, backends: &BTreeMap<u32, Backend>) -> bool {
+pub(crate) fn has_live_backend(flow: &Flow, backends: &BTreeMap<u32, Backend>) -> bool {
     backends
         .get(&flow.backend)
         .is_some_and(|backend| backend.flags != 0 && backend.generation == flow.generation)
@@ -174,28 +216,40 @@ fn idle(flow: &Flow, now: Duration) -> Duration {
     now.saturating_sub(Duration::from_nanos(flow.last_seen_ns))
 }
 
-fn is_garbage(
-    key: &FlowKey,
-    flow: &Flow,
-    backends: &BTreeMap<u32, Backend>,
-    limits: &Limits,
-    now: Duration,
-) -> bool {
-    let idle = idle(flow, now);
-    if key.direction == FLOW_INBOUND {
-        return idle >= limits.tcp_idle;
-    }
-    if !has_live_backend(flow, backends) {
-        return idle >= limits.dead;
-    }
-    if key.proto != PROTO_TCP {
-        return idle >= limits.tcp_idle;
-    }
-    idle >= if is_over(flow) {
-        limits.tcp_closed
+fn is_garbage(key: &FlowKey, flow: &Flow, limits: &Limits, facts: Facts<'_>) -> bool {
+    let idle = idle(flow, facts.now);
+    let datagram = if facts.pressed.contains(&key.endpoint) {
+        limits.datagram
     } else {
         limits.tcp_idle
+    };
+    if key.direction == FLOW_INBOUND {
+        return idle >= datagram;
     }
+    if !has_live_backend(flow, facts.backends) {
+        return idle >= limits.dead && !facts.is_ending;
+    }
+    if key.proto != PROTO_TCP {
+        return idle >= datagram;
+    }
+    let is_settled = flow.flags & FLOW_ESTABLISHED != 0 && !is_over(flow);
+    idle >= if is_settled {
+        limits.tcp_idle
+    } else {
+        limits.tcp_closed
+    }
+}
+
+/// The account that a flow is counted in, by this entry of it: the endpoint's number and the kind.
+fn account_of(key: &FlowKey, flow: &Flow) -> Option<(u32, usize)> {
+    let kind = match (key.direction, key.proto) {
+        (FLOW_FORWARD, PROTO_TCP) if is_over(flow) => return None,
+        (FLOW_FORWARD, PROTO_TCP) => ACCOUNT_TCP,
+        (FLOW_FORWARD, _) => ACCOUNT_DATAGRAM,
+        (FLOW_INBOUND, _) => ACCOUNT_INBOUND,
+        _ => return None,
+    };
+    Some((key.endpoint, kind))
 }
 
 /// Whether this is the forward half of a flow that goes on; one side may have said its last word.
@@ -204,16 +258,9 @@ fn is_open(key: &FlowKey, flow: &Flow) -> bool {
 }
 
 /// Whether both sides ended, or one reset the connection.
-fn is_over(flow: &Flow) -> bool {
+pub(crate) fn is_over(flow: &Flow) -> bool {
     const BOTH: u32 = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
     flow.flags & FLOW_RST != 0 || flow.flags & BOTH == BOTH
-}
-
-/// Whether this is the forward half of something lately used that is no connection, or not one yet. What an
-/// established connection left behind in the map of the rest is its shadow and counts once, above.
-fn is_recent(key: &FlowKey, flow: &Flow, limits: &Limits, now: Duration) -> bool {
-    let is_shadow = flow.flags & FLOW_ESTABLISHED != 0;
-    is_open(key, flow) && !is_shadow && idle(flow, now) < limits.datagram
 }
 
 #[cfg(test)]
@@ -247,10 +294,10 @@ mod tests {
             Ok(Page { flows, is_last })
         }
 
-        fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError> {
-            self.flows.remove(key);
+        fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
+            let was_there = self.flows.remove(key).is_some();
             self.at = self.at.saturating_sub(1);
-            Ok(())
+            Ok(was_there)
         }
 
         fn rewind(&mut self) {
@@ -313,11 +360,13 @@ mod tests {
             (
                 "half closed",
                 tcp,
-                flow(limits.tcp_closed, FLOW_FIN_CLIENT),
+                flow(limits.tcp_closed, FLOW_ESTABLISHED | FLOW_FIN_CLIENT),
                 &live,
                 false,
             ),
             ("closed", tcp, flow(limits.tcp_closed, closed), &live, true),
+            ("opening", tcp, flow(second, 0), &live, false),
+            ("never opened", tcp, flow(limits.tcp_closed, 0), &live, true),
             ("reset", tcp, flow(limits.tcp_closed, FLOW_RST), &live, true),
             ("just reset", tcp, flow(second, FLOW_RST), &live, false),
             (
@@ -350,11 +399,47 @@ mod tests {
             ),
         ];
         for (name, key, flow, backends, want) in cases {
-            assert_eq!(
-                is_garbage(&key, &flow, backends, &limits, NOW),
-                want,
-                "{name}"
-            );
+            let facts = Facts {
+                backends,
+                pressed: &BTreeSet::new(),
+                is_ending: false,
+                now: NOW,
+            };
+            assert_eq!(is_garbage(&key, &flow, &limits, facts), want, "{name}");
+            if !has_live_backend(&flow, backends) && key.direction != FLOW_INBOUND {
+                let facts = Facts {
+                    is_ending: true,
+                    ..facts
+                };
+                assert!(!is_garbage(&key, &flow, &limits, facts), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn datagrams_are_kept_for_hours_unless_their_endpoint_is_near_its_quota() {
+        let (live, limits) = (backends(BACKEND_LIVE, 4), Limits::default());
+        for direction in [FLOW_FORWARD, FLOW_REVERSE, FLOW_INBOUND] {
+            for (pressed, idle, want) in [
+                (
+                    BTreeSet::new(),
+                    limits.tcp_idle - Duration::from_secs(1),
+                    false,
+                ),
+                (BTreeSet::new(), limits.tcp_idle, true),
+                (BTreeSet::from([0]), limits.datagram, true),
+                (BTreeSet::from([0]), Duration::from_secs(1), false),
+                (BTreeSet::from([1]), limits.datagram, false),
+            ] {
+                let facts = Facts {
+                    backends: &live,
+                    pressed: &pressed,
+                    is_ending: false,
+                    now: NOW,
+                };
+                let key = key(1, PROTO_UDP, direction);
+                assert_eq!(is_garbage(&key, &flow(idle, 0), &limits, facts), want);
+            }
         }
     }
 
@@ -383,7 +468,6 @@ mod tests {
         ]);
         let lru = FakeFlows {
             flows: BTreeMap::from([
-                (key(1, PROTO_TCP, FLOW_FORWARD), recent),
                 (
                     key(5, PROTO_UDP, FLOW_FORWARD),
                     flow(Duration::from_secs(29), 0),
@@ -414,15 +498,28 @@ mod tests {
         let live = backends(BACKEND_LIVE, 4);
         let mut census = None;
         for _ in 0..10 {
-            census = census.or(janitor.step(&live, NOW).unwrap());
+            let facts = Facts {
+                backends: &live,
+                pressed: &BTreeSet::new(),
+                is_ending: false,
+                now: NOW,
+            };
+            census = census.or(janitor.step(facts).unwrap());
         }
         let census = census.unwrap();
         assert_eq!(
             census.by_backend,
             BTreeMap::from([(1, 5)]),
-            "1, 2 and 3 here, 5 and 7 there, and no shadow"
+            "1, 2 and 3 here, 5 and 7 there"
         );
         assert_eq!(census.removed, 1);
-        assert_eq!(census.kept, [5, 4]);
+        assert_eq!(census.kept, [5, 3]);
+        assert_eq!(
+            census.found,
+            BTreeMap::from([((0, ACCOUNT_TCP), 5), ((0, ACCOUNT_DATAGRAM), 1)])
+        );
+        let removed = BTreeMap::from([((0, ACCOUNT_TCP), 1)]);
+        assert_eq!(janitor.take_removed(), removed);
+        assert_eq!(janitor.take_removed(), BTreeMap::new());
     }
 }

@@ -8,6 +8,7 @@ pub mod bytes;
 pub mod odd;
 pub mod packet;
 pub mod stage;
+pub mod talk;
 
 use std::{net::IpAddr, path::PathBuf};
 
@@ -18,8 +19,9 @@ use aya::{
 };
 use ebpf_common::{
     layout::{
-        Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, Flow, FlowKey,
-        LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Vip, VipKey,
+        Account, Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, Flow,
+        FlowKey, LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Settled, Vip,
+        VipKey,
     },
     reason::Reason,
 };
@@ -49,6 +51,8 @@ pub struct Sizes {
     pub flows: u32,
     /// Entries of `FLOWS_LRU`.
     pub recent: u32,
+    /// Connections in `AGEING`.
+    pub ageing: u32,
 }
 
 impl Default for Sizes {
@@ -56,6 +60,7 @@ impl Default for Sizes {
         Self {
             flows: 1024,
             recent: 4096,
+            ageing: 512,
         }
     }
 }
@@ -75,6 +80,7 @@ impl Node {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("FLOWS", sizes.flows)
             .map_max_entries("FLOWS_LRU", sizes.recent)
+            .map_max_entries("AGEING", sizes.ageing)
             .map_max_entries("SLOTS", 65_536)
             .load_file(&path)
             .unwrap_or_else(|error| panic!("{} does not load: {error:?}", path.display()));
@@ -292,6 +298,35 @@ impl Node {
             .map(|entry| entry.expect("a flow entry"))
             .map(|(key, value)| (FlowKey::from_slice(&key), Flow::from_slice(&value)))
             .collect()
+    }
+
+    /// Writes an entry of a flow table.
+    pub fn put_flow(&mut self, table: &str, key: &FlowKey, flow: &Flow) {
+        self.hash::<44, 56>(table)
+            .insert(key.to_array::<44>(), flow.to_array::<56>(), 0)
+            .expect("the table has room");
+    }
+
+    /// Removes an entry of a flow table.
+    pub fn drop_flow(&mut self, table: &str, key: &FlowKey) {
+        self.hash::<44, 56>(table)
+            .remove(&key.to_array::<44>())
+            .expect("an entry");
+    }
+
+    /// What the programs counted of an endpoint's flows; zero where they never did.
+    pub fn account(&mut self, endpoint: u32) -> Account {
+        self.hash::<4, 64>("ACCOUNTS")
+            .get(&endpoint.to_ne_bytes(), 0)
+            .map(|value| Account::from_slice(&value))
+            .unwrap_or_default()
+    }
+
+    /// Corrects the count as user space does.
+    pub fn settle(&mut self, endpoint: u32, settled: &Settled) {
+        self.hash::<4, 32>("SETTLED")
+            .insert(endpoint.to_ne_bytes(), settled.to_array::<32>(), 0)
+            .expect("SETTLED has room");
     }
 
     fn run(&mut self, name: &str, packet: &[u8]) -> Outcome {

@@ -1,85 +1,70 @@
 //! What is remembered of a flow, and what is not believed of it.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::collections::BTreeSet;
 
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
-    layout::{BACKEND_DRAINING, BACKEND_LIVE, Backend, FLOW_FORWARD, FLOW_HAIRPIN},
+    layout::{
+        ACCOUNT_TCP, BACKEND_DRAINING, BACKEND_LIVE, Backend, FLOW_ESTABLISHED, FLOW_FIN_BACKEND,
+        FLOW_FIN_CLIENT, FLOW_HAIRPIN, FLOW_RST,
+    },
     reason::Reason,
 };
 use weft_tests::program::{
-    REDIRECTED, Sizes, addr,
+    REDIRECTED, addr,
     packet::{ACK, FIN, PSH, Packet, RST, SYN},
     stage::{CLIENT, Family, NODE, PORT, Stage, TARGET, endpoint_address, receiver, vip_address},
+    talk::{backend, client, close, connect, forward, point_to, resets, segment, vip},
 };
 
-fn client(family: Family, port: u16) -> (IpAddr, u16) {
-    (endpoint_address(family, NODE, CLIENT), port)
+/// Whether both sides have ended, or one has reset.
+fn is_over(flags: u32) -> bool {
+    let both = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+    flags & FLOW_RST != 0 || flags & both == both
 }
 
-fn vip(family: Family, service: u16) -> (IpAddr, u16) {
-    (vip_address(family, Policy::Balanced, service), PORT)
-}
-
-/// One segment from the client to service 5 and what the backend makes of it.
-fn segment(family: Family, port: u16, flags: u8, seq: u32) -> Packet {
-    Packet::tcp(client(family, port), vip(family, 5), flags, seq, 1)
-}
-
-/// Takes a connection through its handshake; the backend's number.
-fn connect(stage: &mut Stage, family: Family, port: u16, isn: u32) -> u32 {
-    let (backend, seen) = stage.deliver(CLIENT, &segment(family, port, SYN, isn));
-    let accept = Packet::tcp(
-        (seen.dst, seen.dport),
-        (seen.src, seen.sport),
-        SYN | ACK,
-        9,
-        isn + 1,
-    );
-    stage.deliver(backend, &accept);
-    stage.deliver(CLIENT, &segment(family, port, ACK, isn + 1));
-    backend
-}
-
-/// Declares service 5 with all of its flows going to the local endpoint `backend`.
-fn point_to(stage: &mut Stage, backend: u32) {
-    stage.service(Policy::Balanced, 5, &[10 + backend]);
-}
-
-fn resets(stage: &mut Stage, packet: &Packet) -> bool {
-    let outcome = stage.send(CLIENT, packet);
-    outcome.action == REDIRECTED
-        && Packet::parse(&outcome.bytes[14..])
-            .expect("a right packet")
-            .flags()
-            & RST
-            != 0
+/// What a backend says to a segment that it was given.
+fn answer(to: &Packet, flags: u8, seq: u32, ack: u32) -> Packet {
+    Packet::tcp((to.dst, to.dport), (to.src, to.sport), flags, seq, ack)
 }
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
-fn an_established_connection_lives_in_the_table_that_never_evicts() {
+fn a_connection_is_established_by_the_clients_answer_and_lingers_when_it_is_over() {
+    let all = |stage: &mut Stage, is: fn(u32) -> bool| {
+        let flows = stage.node.flows("FLOWS");
+        assert_eq!(flows.len(), 2, "forward and reverse");
+        flows.iter().all(|(_, flow)| is(flow.flags))
+    };
     for family in Family::BOTH {
         let mut stage = Stage::default();
         point_to(&mut stage, 3);
-        stage.deliver(CLIENT, &segment(family, 1, SYN, 100));
-        assert_eq!(stage.node.flows("FLOWS").len(), 0, "embryonic");
-        connect(&mut stage, family, 1, 100);
-        assert_eq!(stage.node.flows("FLOWS").len(), 2, "forward and reverse");
+        let (_, seen) = stage.deliver(CLIENT, &segment(family, 1, SYN, 100));
+        stage.deliver(CLIENT, &segment(family, 1, ACK, 101));
+        assert!(
+            all(&mut stage, |flags| flags & FLOW_ESTABLISHED == 0),
+            "the backend has not accepted"
+        );
+        stage.deliver(3, &answer(&seen, SYN | ACK, 9, 101));
+        assert!(all(&mut stage, |flags| flags & FLOW_ESTABLISHED == 0));
+        stage.deliver(CLIENT, &segment(family, 1, ACK, 101));
+        assert!(all(&mut stage, |flags| flags & FLOW_ESTABLISHED != 0));
         // The client ends its direction, then the backend its own.
         stage.deliver(CLIENT, &segment(family, 1, FIN | ACK, 101));
-        assert_eq!(stage.node.flows("FLOWS").len(), 2, "half closed");
-        let backend = (endpoint_address(family, NODE, 3), TARGET);
-        let fin = Packet::tcp(backend, client(family, 1), FIN | ACK, 10, 102);
-        stage.deliver(3, &fin);
-        assert_eq!(stage.node.flows("FLOWS").len(), 0, "over");
+        assert!(all(&mut stage, |flags| !is_over(flags)), "half closed");
+        assert_eq!(stage.node.account(CLIENT).closed[ACCOUNT_TCP], 0);
+        stage.deliver(3, &answer(&seen, FIN | ACK, 10, 102));
+        assert!(all(&mut stage, is_over));
+        // Repeated, it is over once.
+        stage.deliver(3, &answer(&seen, FIN | ACK, 10, 102));
+        let account = stage.node.account(CLIENT);
+        assert_eq!(
+            (account.opened[ACCOUNT_TCP], account.closed[ACCOUNT_TCP]),
+            (1, 1)
+        );
         // The last acknowledgement still finds its way.
         assert_eq!(stage.deliver(CLIENT, &segment(family, 1, ACK, 102)).0, 3);
-        assert_eq!(
-            stage.node.flows("FLOWS").len(),
-            0,
-            "and does not bring it back"
-        );
+        assert!(all(&mut stage, is_over), "and does not bring it back");
     }
 }
 
@@ -94,14 +79,17 @@ fn a_reset_ends_a_connection_from_either_side() {
             if from_client {
                 stage.deliver(CLIENT, &segment(family, 1, RST, 101));
             } else {
-                let backend = (endpoint_address(family, NODE, 3), TARGET);
-                stage.deliver(3, &Packet::tcp(backend, client(family, 1), RST, 10, 0));
+                stage.deliver(
+                    3,
+                    &Packet::tcp(backend(family, 3), client(family, 1), RST, 10, 0),
+                );
             }
-            assert_eq!(
-                stage.node.flows("FLOWS"),
-                [],
+            let flows = stage.node.flows("FLOWS");
+            assert!(
+                flows.len() == 2 && flows.iter().all(|(_, flow)| is_over(flow.flags)),
                 "from the client: {from_client}"
             );
+            assert_eq!(stage.node.account(CLIENT).closed[ACCOUNT_TCP], 1);
         }
     }
 }
@@ -130,12 +118,16 @@ fn a_syn_never_trusts_an_old_flow() {
             4,
             "a new one does not"
         );
-        assert_eq!(
-            stage.node.flows("FLOWS"),
-            [],
+        let flows = stage.node.flows("FLOWS");
+        assert!(
+            flows.len() == 2 && flows.iter().all(|(_, flow)| flow.backend == 14),
             "nothing is left of the old flow"
         );
-        assert_eq!(stage.node.flows("FLOWS_LRU").len(), 2);
+        let account = stage.node.account(CLIENT);
+        assert_eq!(
+            (account.opened[ACCOUNT_TCP], account.closed[ACCOUNT_TCP]),
+            (2, 1)
+        );
     }
 }
 
@@ -144,18 +136,18 @@ fn a_syn_never_trusts_an_old_flow() {
 fn a_port_that_is_used_again_after_its_connection_closed_goes_where_new_flows_go() {
     for family in Family::BOTH {
         let mut stage = Stage::default();
-        for (isn, backend) in [(100, 3), (5000, 3), (9000, 4), (100, 4)] {
-            point_to(&mut stage, backend);
-            assert_eq!(connect(&mut stage, family, 1, isn), backend, "{isn}");
-            assert_eq!(stage.node.flows("FLOWS").len(), 2);
-            let fin = segment(family, 1, FIN | ACK, isn + 1);
-            stage.deliver(CLIENT, &fin);
-            let from = (endpoint_address(family, NODE, backend), TARGET);
-            let fin = Packet::tcp(from, client(family, 1), FIN | ACK, 10, isn + 2);
-            let (_, heard) = stage.deliver(backend, &fin);
-            assert_eq!(heard.sport, PORT);
-            assert_eq!(stage.node.flows("FLOWS"), []);
+        for (isn, number) in [(100, 3), (5000, 3), (9000, 4), (100, 4)] {
+            point_to(&mut stage, number);
+            assert_eq!(connect(&mut stage, family, 1, isn), number, "{isn}");
+            close(&mut stage, family, 1, number, isn + 1);
+            let flows = stage.node.flows("FLOWS");
+            assert!(flows.len() == 2 && flows.iter().all(|(_, flow)| is_over(flow.flags)));
         }
+        let account = stage.node.account(CLIENT);
+        assert_eq!(
+            (account.opened[ACCOUNT_TCP], account.closed[ACCOUNT_TCP]),
+            (4, 4)
+        );
     }
 }
 
@@ -311,12 +303,13 @@ fn a_pod_that_is_its_own_backend_talks_to_itself_through_the_node_endpoint() {
             let heard = Packet::tcp(vip(family, 5), own, back, 9, 2);
             assert_eq!(stage.deliver(CLIENT, &answer), (CLIENT, heard));
         }
-        assert_eq!(stage.node.flows("FLOWS"), [], "both have closed");
-        let hairpins = stage.node.flows("FLOWS_LRU");
+        let hairpins = stage.node.flows("FLOWS");
         assert!(
-            hairpins
-                .iter()
-                .all(|(_, flow)| flow.flags & FLOW_HAIRPIN != 0)
+            hairpins.len() == 2
+                && hairpins
+                    .iter()
+                    .all(|(_, flow)| flow.flags & FLOW_HAIRPIN != 0 && is_over(flow.flags)),
+            "both have closed"
         );
         // The host's own flow to that pod, with the same port, is another.
         let host = Packet::tcp((node, 40_000), vip(family, 5), SYN, 1, 0);
@@ -327,46 +320,12 @@ fn a_pod_that_is_its_own_backend_talks_to_itself_through_the_node_endpoint() {
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
-fn a_full_table_refuses_new_connections_and_loses_no_old_one() {
-    for family in Family::BOTH {
-        let mut stage = Stage::new(Sizes {
-            flows: 8,
-            ..Sizes::default()
-        });
-        point_to(&mut stage, 3);
-        for port in 1..=4 {
-            connect(&mut stage, family, port, 100);
-        }
-        stage.deliver(CLIENT, &segment(family, 5, SYN, 100));
-        let backend = (endpoint_address(family, NODE, 3), TARGET);
-        stage.deliver(
-            3,
-            &Packet::tcp(backend, client(family, 5), SYN | ACK, 9, 101),
-        );
-        assert!(resets(&mut stage, &segment(family, 5, ACK, 101)));
-        assert_eq!(stage.node.count(Reason::FlowTableFull), 1);
-        for port in 1..=4 {
-            assert_eq!(stage.deliver(CLIENT, &segment(family, port, ACK, 101)).0, 3);
-        }
-        // One closes, and there is room again.
-        stage.deliver(CLIENT, &segment(family, 1, RST, 101));
-        connect(&mut stage, family, 6, 100);
-        assert_eq!(stage.node.flows("FLOWS").len(), 8);
-    }
-}
-
-#[test]
-#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn a_flow_entry_says_what_user_space_must_know() {
     for family in Family::BOTH {
         let mut stage = Stage::default();
         point_to(&mut stage, 3);
         stage.deliver(CLIENT, &segment(family, 40_000, SYN, 0x0102_0304));
-        let flows = stage.node.flows("FLOWS_LRU");
-        let (key, flow) = flows
-            .iter()
-            .find(|(key, _)| key.direction == FLOW_FORWARD)
-            .expect("a forward entry");
+        let (key, flow) = forward(&mut stage, "FLOWS", 40_000).expect("a forward entry");
         assert_eq!(
             (key.src, key.dst),
             (addr(client(family, 0).0), addr(vip(family, 5).0))
@@ -379,7 +338,7 @@ fn a_flow_entry_says_what_user_space_must_know() {
         assert_eq!(flow.addr, addr(endpoint_address(family, NODE, 3)));
         assert_eq!((flow.backend, flow.generation, flow.service), (13, 1, 5));
         assert_eq!(flow.isn_be, 0x0102_0304_u32.to_be());
-        assert!(flow.last_seen_ns > 0);
+        assert_eq!(u64::from(flow.born_s), flow.last_seen_ns / 1_000_000_000);
     }
 }
 

@@ -213,6 +213,7 @@ fn shell(script: &str) -> Run {
             protocol: control_core::goal::Protocol::Tcp,
             port: 80,
             target_port: 8080,
+            follow: false,
         }],
         writers: Writers::default(),
     }

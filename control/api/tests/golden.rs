@@ -128,6 +128,7 @@ fn what_a_lead_says_has_a_golden_file() {
             protocol: Protocol::Tcp,
             port: 80,
             target_port: 8080,
+            follow: false,
         }],
         writers: Writers::One,
     };

@@ -128,6 +128,9 @@ pub struct Port {
     pub port: u16,
     /// The instances' port.
     pub target_port: u16,
+    /// Whether its UDP flows move to another instance at once when theirs drains or dies (QUIC, telemetry).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub follow: bool,
 }
 
 /// Transport protocol of a port.

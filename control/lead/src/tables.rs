@@ -152,6 +152,7 @@ fn service_to_wire(service: table::Service) -> wire::Service {
                 },
                 port: port.port,
                 target_port: port.target_port,
+                follow: port.follow,
             })
             .collect(),
         vips: service

@@ -7,8 +7,11 @@
 //!  VIPS       hash         VipKey   -> Vip        a declared port; (address, 0, ICMP) stands for the VIP itself
 //!  SLOTS      array        u32                    backend indexes; a Vip owns one run of them
 //!  BACKENDS   array        Backend                by backend index
-//!  FLOWS      hash         FlowKey  -> Flow       established TCP; full means refused, never evicted
-//!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       embryonic and closing TCP, UDP, ICMP echo
+//!  FLOWS      hash         FlowKey  -> Flow       TCP; full means refused, what is established is never evicted
+//!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       UDP, ICMP echo, datagrams delivered untranslated
+//!  AGEING     queue        FlowKey                TCP that opens or has closed, oldest first: it gives way
+//!  ACCOUNTS   hash         number   -> Account    flows by endpoint number, as the programs count them
+//!  SETTLED    hash         number   -> Settled    what user space corrects of that
 //!  VIP_COUNTS      per-CPU arr  Count   by a Vip's counter
 //!  BACKEND_COUNTS  per-CPU arr  Count   by backend index
 //!  REFUSED    per-CPU hash RefusedKey -> u64   packets refused by VIP and reason; full: REASONS counts alone
@@ -180,7 +183,8 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// `ENDPOINT_...` flags.
     pub flags: u32,
-    /// How many flows it may have in `FLOWS`; 0 is no limit. The programs do not read it yet: every endpoint is unlimited.
+    /// How many TCP connections it may have, and half as many of each other kind: `FLOWS_LRU` has half of the
+    /// entries. 0 is no limit.
     pub quota: u32,
     /// The interface's own MAC address (inside the pod).
     pub mac: [u8; 6],
@@ -342,8 +346,7 @@ pub struct FlowKey {
 pub const FLOW_SYN: u32 = 1 << 0;
 /// The backend's SYN and ACK were seen.
 pub const FLOW_SYN_ACK: u32 = 1 << 1;
-/// Promoted to `FLOWS`. An entry of `FLOWS_LRU` that has this bit and is not closing is the shadow of one in
-/// `FLOWS`, or what is left of one that was collected there: it counts for nothing.
+/// The client has answered the backend's SYN and ACK; without it, a TCP flow gives way to others.
 pub const FLOW_ESTABLISHED: u32 = 1 << 2;
 /// The client's FIN was seen.
 pub const FLOW_FIN_CLIENT: u32 = 1 << 3;
@@ -493,6 +496,58 @@ pub struct RefusedKey {
     pub reason: u32,
 }
 
+/// TCP connections that an endpoint opened.
+pub const ACCOUNT_TCP: usize = 0;
+/// UDP flows and echoes that an endpoint began.
+pub const ACCOUNT_DATAGRAM: usize = 1;
+/// Notes of datagrams that were delivered to an endpoint untranslated ([`FLOW_INBOUND`]).
+pub const ACCOUNT_INBOUND: usize = 2;
+/// How many kinds of flows are counted; one is spare.
+pub const ACCOUNT_KINDS: usize = 4;
+
+/// How many flows an endpoint opened and closed, by kind. Only the programs write it, so that nothing that they
+/// count is lost between two readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Account {
+    /// Flows that got an entry.
+    pub opened: [u64; ACCOUNT_KINDS],
+    /// Flows that ended, or whose entry a program removed.
+    pub closed: [u64; ACCOUNT_KINDS],
+}
+
+/// How many flows of an endpoint ended without a program's doing, by kind: collected by user space, evicted from
+/// `FLOWS_LRU`. Only user space writes it. An endpoint has `opened - closed - gone` flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Settled {
+    /// Flows that are gone.
+    pub gone: [u64; ACCOUNT_KINDS],
+}
+
+impl Endpoint {
+    /// How many flows of a kind it may have; 0 is no limit.
+    #[must_use]
+    #[inline(always)]
+    pub const fn quota_of(&self, kind: usize) -> u32 {
+        match kind {
+            ACCOUNT_TCP => self.quota,
+            _ => self.quota.div_ceil(2),
+        }
+    }
+}
+
+impl Account {
+    /// How many flows of a kind there are; `gone` is [`Settled`]'s word. Less than none counts as none: a
+    /// correction may be ahead for a moment.
+    #[must_use]
+    #[inline(always)]
+    pub const fn used(opened: u64, closed: u64, gone: u64) -> u64 {
+        let used = opened.wrapping_sub(closed).wrapping_sub(gone);
+        if used > u64::MAX / 2 { 0 } else { used }
+    }
+}
+
 const _: () = {
     assert!(size_of::<Count>() == 40);
     assert!(size_of::<RefusedKey>() == 8);
@@ -510,6 +565,8 @@ const _: () = {
     assert!(size_of::<Peer>() == 8);
     assert!(size_of::<FragmentKey>() == 44);
     assert!(size_of::<Fragment>() == 56);
+    assert!(size_of::<Account>() == 64);
+    assert!(size_of::<Settled>() == 32);
 };
 
 #[cfg(test)]

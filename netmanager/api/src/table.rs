@@ -103,6 +103,9 @@ pub struct Port {
     pub port: u16,
     /// The backends' port.
     pub target_port: u16,
+    /// Whether its UDP flows move to another backend at once when theirs drains or dies.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub follow: bool,
 }
 
 /// A semantic service IP; its addresses say its policy.

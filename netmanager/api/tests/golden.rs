@@ -94,11 +94,13 @@ fn the_table_is_written_as_before() {
                     protocol: Protocol::Tcp,
                     port: 80,
                     target_port: 8080,
+                    follow: false,
                 },
                 Port {
                     protocol: Protocol::Udp,
                     port: 53,
                     target_port: 5353,
+                    follow: true,
                 },
             ],
             vips: vec![

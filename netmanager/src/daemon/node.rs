@@ -20,17 +20,19 @@ use super::{
 };
 use crate::{
     attachments::{AttachError, Attachments},
-    datapath::{BpfDatapath, Datapath, DatapathError, FlowTable, Hook},
+    datapath::{BpfDatapath, Datapath, DatapathError, FlowAccounts, FlowTable, Hook},
     follow::{Outbox, chain},
     janitor::{Census, Janitor, Limits},
     links::{Links, LinksError, NodeWish},
     metrics::Gauges,
     observe::Names,
-    plan::{Inputs, NodeEndpoint, Planner, Shortage, TunnelDevice},
+    plan::{Inputs, KernelState, NodeEndpoint, Op, Planner, Shortage, TunnelDevice},
     policy::Sight,
     probe::{Observed, Probes},
+    quota::Books,
     routes::Collision,
     store::{Store, StoreError},
+    tickle::Deaths,
     tunnel::mtu_over,
 };
 
@@ -54,6 +56,8 @@ pub(super) struct Parts {
     pub(super) tunnel: Carrier,
     pub(super) outbox: watch::Sender<Outbox>,
     pub(super) gauges: watch::Sender<Gauges>,
+    pub(super) deaths: watch::Sender<Arc<Deaths>>,
+    pub(super) ended: watch::Receiver<u64>,
     pub(super) shutdown: CancellationToken,
     pub(super) settings: Settings,
 }
@@ -80,6 +84,13 @@ pub(super) struct Node {
     pub(super) probes: Option<(Probes, watch::Receiver<Observed>)>,
     pub(super) paths: Paths,
     pub(super) janitor: Janitor<FlowTable>,
+    pub(super) accounts: FlowAccounts,
+    pub(super) books: Books,
+    /// Endpoints that are near their quota.
+    pub(super) pressed: BTreeSet<u32>,
+    /// Whose connections are to be ended, and up to which count they were.
+    pub(super) deaths: watch::Sender<Arc<Deaths>>,
+    pub(super) ended: watch::Receiver<u64>,
     /// Of the last whole pass that began after the table came.
     pub(super) census: Option<Census>,
     pub(super) ticks: u64,
@@ -106,6 +117,17 @@ pub(super) enum ReconcileError {
     Collision(#[from] Collision),
 }
 
+/// Whether a write ends the flows of a backend.
+fn ends_flows(have: &KernelState, op: &Op) -> bool {
+    let Op::Backend(index, now) = op else {
+        return false;
+    };
+    have.backends.get(index).is_some_and(|before| {
+        before.flags != 0
+            && now.is_none_or(|now| now.flags == 0 || now.generation != before.generation)
+    })
+}
+
 impl Node {
     /// Takes over what is in the kernel and on disk, and forwards with it.
     pub(super) async fn restore(parts: Parts) -> Result<Self, DaemonError> {
@@ -128,6 +150,7 @@ impl Node {
         let has_numbers = !is_new;
         let planner = Planner::adopt(parts.datapath.capacity()?, have, monotonic());
         let received = saved_table(&parts.store, planner.have().config.is_some())?;
+        let accounts = parts.datapath.flow_accounts()?;
         let mut node = Self {
             attachments,
             received: received.map(Arc::new),
@@ -141,6 +164,11 @@ impl Node {
             reached: BTreeSet::new(),
             probes: None,
             paths: Paths::new(parts.datapath.peers()?)?,
+            books: Books::new(accounts.settled()?),
+            pressed: BTreeSet::new(),
+            deaths: parts.deaths.clone(),
+            ended: parts.ended.clone(),
+            accounts,
             janitor: Janitor::new(parts.datapath.flow_tables()?.into(), Limits::default()),
             census: None,
             ticks: 0,
@@ -336,7 +364,9 @@ impl Node {
         self.parts.datapath.reset_counts(&vips, &backends)?;
         let writes = self.planner.writes();
         self.parts.datapath.apply(&writes)?;
+        let died = writes.iter().any(|op| ends_flows(self.planner.have(), op));
         self.planner.wrote(&writes);
+        self.mourn(died);
         planned?;
         let revision = table.revision;
         self.parts.outbox.send_if_modified(|outbox| {

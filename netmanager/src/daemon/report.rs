@@ -8,54 +8,13 @@ use netmanager_api::{
     table::{Backend, BackendState, Protocol, Service, Table},
 };
 
-use super::{monotonic, node::Node};
+use super::node::Node;
 use crate::{
     follow::{Outbox, chain},
     probe::{Probes, Targets, reach::ReachBy},
 };
 
-/// Pages of 1,024 flows judged in a tick: a bounded share of one CPU. Full maps of the usual size are through
-/// after twelve passes, and after three where somebody waits for a drain.
-const PAGES: usize = 16;
-const PAGES_WHILE_DRAINING: usize = 64;
-/// Where nobody waits, flows are looked at every so many ticks.
-const SWEEP_TICKS: u64 = 5;
-
 impl Node {
-    /// Judges the next flows.
-    pub(super) fn sweep(&mut self) {
-        let is_waited_for = self.draining().next().is_some();
-        if !is_waited_for && !self.ticks.is_multiple_of(SWEEP_TICKS) {
-            return;
-        }
-        let pages = if is_waited_for {
-            PAGES_WHILE_DRAINING
-        } else {
-            PAGES
-        };
-        for _ in 0..pages {
-            match self
-                .janitor
-                .step(&self.planner.have().backends, monotonic())
-            {
-                Ok(None) => {}
-                Ok(Some(census)) => {
-                    self.parts.gauges.send_modify(|gauges| {
-                        let maps = ["FLOWS", "FLOWS_LRU"].into_iter();
-                        gauges.flows = maps.zip(census.kept.iter().copied()).collect();
-                        gauges.flows_removed += census.removed;
-                    });
-                    self.census = Some(census);
-                    return;
-                }
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), "failed to look at the flows");
-                    return;
-                }
-            }
-        }
-    }
-
     /// Probes what the table names, from the endpoint that it gives this node. Without probes the node goes on
     /// and takes every peer for reachable.
     pub(super) async fn probe(&mut self, table: &Table) {
@@ -100,7 +59,7 @@ impl Node {
     }
 
     /// The draining backends, with their index in the kernel.
-    fn draining(&self) -> impl Iterator<Item = (InstanceRef, Option<u32>)> + '_ {
+    pub(super) fn draining(&self) -> impl Iterator<Item = (InstanceRef, Option<u32>)> + '_ {
         let services = self.table.iter().flat_map(|table| &table.services);
         let backends = services.flat_map(|service| {
             service

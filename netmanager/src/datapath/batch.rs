@@ -275,8 +275,8 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         }
     }
 
-    /// Removes an entry; one that is not there is removed already.
-    pub(super) fn remove(&self, key: &K) -> Result<(), DatapathError> {
+    /// Removes an entry; false where there was none.
+    pub(super) fn remove(&self, key: &K) -> Result<bool, DatapathError> {
         let mut attr = ElementAttr {
             map_fd: self.fd(),
             pad: 0,
@@ -303,7 +303,7 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
                     source,
                 })
             }
-            _ => Ok(()),
+            removed => Ok(removed.is_none()),
         }
     }
 }
@@ -342,7 +342,7 @@ impl FlowSource for FlowTable {
         })
     }
 
-    fn remove(&mut self, key: &FlowKey) -> Result<(), DatapathError> {
+    fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
         self.map.remove(&Raw(*key))
     }
 

@@ -29,7 +29,8 @@ use ebpf_common::layout::{PROGRAM_POD, PROGRAM_TUNNEL};
 use nix::net::if_::if_indextoname;
 
 use super::{
-    Counts, Datapath, DatapathError, FlowLog, FlowTable, Hook, LogCounters, Peers, Reasons, bpffs,
+    Counts, Datapath, DatapathError, FlowAccounts, FlowLog, FlowTable, Hook, LogCounters, Peers,
+    Reasons, bpffs,
     live::Live,
     object::{MAPS, open_map, program_error, take_over_dispatcher},
     stem::{self, PROGRAMS},
@@ -142,13 +143,21 @@ impl BpfDatapath {
         self.tables.capacity(self.counts.len())
     }
 
-    /// The flow maps, for the janitor: established TCP, and the rest.
+    /// The flow maps, for the janitor: TCP, and the rest.
     ///
     /// # Errors
     /// When they cannot be opened.
     pub fn flow_tables(&self) -> Result<[FlowTable; 2], DatapathError> {
         let open = |name| FlowTable::open(name, &self.maps.join(name));
         Ok([open("FLOWS")?, open("FLOWS_LRU")?])
+    }
+
+    /// The accounts of the endpoints' flows.
+    ///
+    /// # Errors
+    /// When they cannot be opened.
+    pub fn flow_accounts(&self) -> Result<FlowAccounts, DatapathError> {
+        FlowAccounts::open(&self.maps)
     }
 
     /// The packet counters, for the metrics.

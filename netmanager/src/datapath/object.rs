@@ -8,8 +8,8 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey, LogConfig,
-    LogState, Peer, RefusedKey, Vip, VipKey,
+    Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
 };
 
 use super::{
@@ -30,7 +30,7 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 19] = [
+pub(super) const MAPS: [(&str, usize, usize); 22] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -42,6 +42,9 @@ pub(super) const MAPS: [(&str, usize, usize); 19] = [
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<Fragment>()),
     ("PEERS", size_of::<Addr>(), size_of::<Peer>()),
     ("ANSWERS", 4, 8),
+    ("AGEING", 0, size_of::<FlowKey>()),
+    ("ACCOUNTS", 4, size_of::<Account>()),
+    ("SETTLED", 4, size_of::<Settled>()),
     ("REASONS", 4, 8),
     ("VIP_COUNTS", 4, size_of::<Count>()),
     ("BACKEND_COUNTS", 4, size_of::<Count>()),

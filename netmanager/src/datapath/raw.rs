@@ -15,6 +15,6 @@ macro_rules! plain {
     )*};
 }
 plain!(
-    Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, LogConfig, LogState, Peer, RefusedKey,
-    Vip, VipKey
+    Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, LogConfig, LogState, Peer,
+    RefusedKey, Settled, Vip, VipKey
 );

@@ -100,11 +100,17 @@ impl Tables {
                     self.config.put(&[0], &[config], Existing::Replace)?;
                 }
                 Op::Endpoint(key, Some(value)) => endpoints.push(*key, Raw(*value)),
-                Op::Endpoint(key, None) => self.endpoints.remove(key)?,
+                Op::Endpoint(key, None) => {
+                    self.endpoints.remove(key)?;
+                }
                 Op::Local(key, Some(value)) => local.push(Raw(*key), Raw(*value)),
-                Op::Local(key, None) => self.local.remove(&Raw(*key))?,
+                Op::Local(key, None) => {
+                    self.local.remove(&Raw(*key))?;
+                }
                 Op::Vip(key, Some(value)) => vips.push(Raw(*key), Raw(*value)),
-                Op::Vip(key, None) => self.vips.remove(&Raw(*key))?,
+                Op::Vip(key, None) => {
+                    self.vips.remove(&Raw(*key))?;
+                }
                 Op::Backend(index, value) => backends.push(*index, Raw(value.unwrap_or_default())),
                 Op::Run(base, run) => {
                     for (slot, backend) in (*base..).zip(run) {

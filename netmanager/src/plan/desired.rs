@@ -8,7 +8,7 @@ use std::{
 
 use ebpf_common::layout::{
     self, Addr, BACKEND_DRAINING, BACKEND_LIVE, ENDPOINT_PLAIN_REDIRECT, PROTO_ICMP, PROTO_ICMP6,
-    PROTO_TCP, PROTO_UDP, VIP_ITSELF_PORT, VipKey,
+    PROTO_TCP, PROTO_UDP, VIP_FOLLOW, VIP_ITSELF_PORT, VipKey,
 };
 use netmanager_api::table::{self, BackendState, Protocol, Table};
 
@@ -27,7 +27,7 @@ pub struct Inputs<'a> {
     pub sight: &'a Sight,
     /// The tunnel device, while there is one.
     pub tunnel: Option<TunnelDevice>,
-    /// How many established flows one pod may have; 0 is no limit.
+    /// How many TCP connections one pod may have, and half as many UDP flows; 0 is no limit.
     pub quota: u32,
 }
 
@@ -216,6 +216,11 @@ pub(super) fn vip_entries(
             key,
             layout::Vip {
                 target_port_be: port.target_port.to_be(),
+                flags: if port.follow && port.protocol == Protocol::Udp {
+                    VIP_FOLLOW
+                } else {
+                    0
+                },
                 ..itself
             },
         )

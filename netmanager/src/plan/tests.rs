@@ -7,7 +7,8 @@ use std::{
 use ebpf_common::{
     addr::Policy,
     layout::{
-        BACKEND_DRAINING, BACKEND_LIVE, Backend, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint, Vip,
+        BACKEND_DRAINING, BACKEND_LIVE, Backend, Config, ENDPOINT_PLAIN_REDIRECT, Endpoint,
+        VIP_FOLLOW, Vip,
     },
 };
 use netmanager_api::table::{self, BackendState, PolicyName, Protocol, Revision, Table};
@@ -68,6 +69,7 @@ fn table(backends: Vec<table::Backend>) -> Table {
                 protocol: Protocol::Tcp,
                 port: 80,
                 target_port: 8080,
+                follow: false,
             }],
             vips: vec![table::Vip {
                 policy: PolicyName(Policy::Balanced),
@@ -121,6 +123,25 @@ fn vip_of(state: &KernelState) -> Vip {
         pad: 0,
     };
     state.vips[&key]
+}
+
+#[test]
+fn only_the_datagrams_of_a_port_that_says_so_follow() {
+    let mut table = table(vec![backend(0, BackendState::Ready)]);
+    let ports = &mut table.services[0].ports;
+    let udp = |port, follow| table::Port {
+        protocol: Protocol::Udp,
+        port,
+        target_port: port,
+        follow,
+    };
+    ports[0].follow = true;
+    ports.extend([udp(53, true), udp(54, false)]);
+    let state = plan(&table, &mut planner(CAPACITY), NOW).unwrap();
+    for (key, vip) in &state.vips {
+        let follows = (key.port_be, key.proto) == (53_u16.to_be(), 17);
+        assert_eq!(vip.flags, if follows { VIP_FOLLOW } else { 0 }, "{key:?}");
+    }
 }
 
 #[test]

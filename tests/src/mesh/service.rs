@@ -38,6 +38,7 @@ pub fn service(number: u32, backends: Vec<Backend>) -> Service {
         protocol,
         port,
         target_port,
+        follow: false,
     };
     let policies = [
         Policy::Balanced,

@@ -4,8 +4,8 @@
 //! them with. Integers are in native order, as the kernel reads them.
 
 use ebpf_common::layout::{
-    Addr, Backend, Config, Count, Endpoint, Event, Flow, FlowKey, LogConfig, LogState, Peer,
-    RefusedKey, Vip, VipKey,
+    Account, Addr, Backend, Config, Count, Endpoint, Event, Flow, FlowKey, LogConfig, LogState,
+    Peer, RefusedKey, Settled, Vip, VipKey,
 };
 
 /// A value that stands in map memory.
@@ -82,4 +82,6 @@ structs! {
     LogConfig { sample_every, per_second }
     LogState { since_ns, used, used_marked, written, limited, lost }
     Event { time_ns, src, dst, to_src, to_dst, sport_be, dport_be, to_sport_be, to_dport_be, counter, backend, sender, detail, kind, proto, marked, direction, pad }
+    Account { opened, closed }
+    Settled { gone }
 }

@@ -7,7 +7,10 @@
 //!
 //! Backend index = 10 + number of the local endpoint; the remote one is [`REMOTE_BACKEND`].
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use ebpf_common::{
     addr::{Mesh4, Mesh6, NODE_ENDPOINT, Name4, Name6, Policy},
@@ -101,6 +104,7 @@ pub struct Stage {
     /// The programs and their maps.
     pub node: Node,
     next_slot: u32,
+    quotas: BTreeMap<u32, u32>,
 }
 
 impl Default for Stage {
@@ -132,7 +136,11 @@ impl Stage {
             node.backend(10 + number, &Self::local_backend(number));
         }
         node.backend(REMOTE_BACKEND, &backend_of(REMOTE_NODE, 2));
-        Self { node, next_slot: 0 }
+        Self {
+            node,
+            next_slot: 0,
+            quotas: BTreeMap::new(),
+        }
     }
 
     /// A local endpoint.
@@ -154,6 +162,11 @@ impl Stage {
     /// Declares a service's VIP of one policy: [`PORT`] to [`TARGET`] by TCP and UDP, and echo. It is counted under
     /// the service's number.
     pub fn service(&mut self, policy: Policy, service: u16, backends: &[u32]) {
+        self.service_with(policy, service, backends, 0);
+    }
+
+    /// The same, with `VIP_...` flags.
+    pub fn service_with(&mut self, policy: Policy, service: u16, backends: &[u32], flags: u8) {
         let slot_base = self.next_slot;
         self.next_slot += u32::try_from(backends.len()).expect("a few slots");
         self.node.slots(slot_base, backends);
@@ -180,7 +193,7 @@ impl Stage {
                     service: u32::from(service),
                     target_port_be: target.to_be(),
                     policy: policy.code(),
-                    flags: 0,
+                    flags,
                     counter: u32::from(service),
                 };
                 self.node.declare(&key, &vip);
@@ -188,9 +201,23 @@ impl Stage {
         }
     }
 
+    /// Gives a local endpoint a quota of flows.
+    pub fn limit(&mut self, number: u32, quota: u32) {
+        self.quotas.insert(number, quota);
+        let endpoint = self.limited(number);
+        self.node.attach(&endpoint);
+    }
+
+    fn limited(&self, number: u32) -> Endpoint {
+        Endpoint {
+            quota: self.quotas.get(&number).copied().unwrap_or(0),
+            ..Self::endpoint(number)
+        }
+    }
+
     /// Sends a packet of a local endpoint.
     pub fn send(&mut self, from: u32, packet: &Packet) -> Outcome {
-        self.node.from_pod(&Self::endpoint(from), &packet.frame())
+        self.node.from_pod(&self.limited(from), &packet.frame())
     }
 
     /// Sends a packet of a local endpoint, and reads what is delivered and to which endpoint; panics if it is not.

@@ -55,6 +55,7 @@ pub(crate) fn table_of(number: u32, index: u64, backends: Vec<Backend>) -> Table
         protocol,
         port,
         target_port,
+        follow: false,
     };
     Table {
         revision: Revision {

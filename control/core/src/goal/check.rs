@@ -233,6 +233,10 @@ impl Check {
             else {
                 continue;
             };
+            if document.follow && protocol == Protocol::Tcp {
+                let message = "only a UDP port can follow: a TCP connection is drained; leave it out or say protocol: UDP".to_owned();
+                self.error(&format!("{path}.follow"), line, message);
+            }
             if ports.iter().any(|other| other.name == name) {
                 let message = format!(
                     "{name:?} names two ports: give each its own name",
@@ -259,6 +263,7 @@ impl Check {
                 protocol,
                 port,
                 target_port,
+                follow: document.follow,
             });
         }
         ports

@@ -128,6 +128,9 @@ pub(super) struct PortDoc {
     #[serde(default)]
     #[schemars(with = "Option<super::Protocol>")]
     pub(super) protocol: Option<Text>,
+    /// UDP only: flows move to another instance at once when theirs drains or dies, instead of being drained.
+    #[serde(default)]
+    pub(super) follow: bool,
 }
 
 /// What one instance needs.

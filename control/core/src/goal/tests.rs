@@ -95,6 +95,21 @@ spec:
 }
 
 #[test]
+fn only_a_udp_port_can_follow() {
+    let port = "{ name: http, port: 80, targetPort: 9080 }";
+    let udp = "{ name: http, port: 80, protocol: UDP, follow: true }";
+    let applications = parse(&GOOD.replace(port, udp)).unwrap();
+    let service = applications[0].services.values().next().unwrap();
+    assert!(service.ports[0].follow);
+    let tcp = "{ name: http, port: 80, follow: true }";
+    let error = parse(&GOOD.replace(port, tcp)).unwrap_err().to_string();
+    assert!(
+        error.contains("ports[0].follow") && error.contains("protocol: UDP"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_document_of_the_wrong_form_is_refused_with_its_line() {
     let cases = [
         ("unknown field", GOOD.replace("replicas: 1", "replica: 1")),

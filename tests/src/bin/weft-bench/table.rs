@@ -318,6 +318,7 @@ fn table(services: u32, backends: u32) -> Result<Table> {
             protocol: Protocol::Udp,
             port: 80,
             target_port: 8_080,
+            follow: false,
         }],
         vips: vec![Vip {
             policy: PolicyName(Policy::Balanced),

@@ -70,6 +70,7 @@ pub(super) fn table(
         },
         port: metric.port(),
         target_port: metric.port(),
+        follow: false,
     };
     Ok(Table {
         revision: Revision {

@@ -1,0 +1,26 @@
+//! The two atomic operations that the programs need, each one instruction (`BPF_ATOMIC` with `BPF_FETCH`, since
+//! Linux 5.12).
+
+use core::intrinsics::{AtomicOrdering, atomic_or, atomic_xadd};
+
+/// Adds to a word of map memory.
+///
+/// # Safety
+///
+/// `word` is aligned and lies in map memory.
+#[inline(always)]
+pub(crate) unsafe fn add(word: *mut u64, value: u64) {
+    // SAFETY: the caller's promise.
+    let _ = unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(word, value) };
+}
+
+/// Sets bits of a word of map memory; what it was before.
+///
+/// # Safety
+///
+/// As for [`add`].
+#[inline(always)]
+pub(crate) unsafe fn or(word: *mut u64, bits: u64) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, bits) }
+}
