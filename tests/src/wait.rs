@@ -8,13 +8,20 @@ use std::{
 /// How long the condition rests between two looks.
 const REST: Duration = Duration::from_millis(5);
 
+/// How many times slower than ours the machine is that the tests run on: `WEFT_TEST_SLOWNESS`, for emulated ones.
+fn slowness() -> u32 {
+    let given = std::env::var("WEFT_TEST_SLOWNESS").ok();
+    given.and_then(|number| number.parse().ok()).unwrap_or(1)
+}
+
 /// Asks `condition` until it gives a value, and returns that value.
 ///
 /// # Panics
-/// When `within` has passed; the message names `what` was waited for.
+/// When `within` has passed, on a slow machine so many times that; the message names `what` was waited for.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
+    let within = within * slowness();
     loop {
         if let Some(value) = condition() {
             return value;

@@ -60,25 +60,27 @@ pub(crate) fn release(groups: Groups) -> Result<PathBuf> {
 
 /// Builds the binaries of `packages` for release and says where each is.
 pub(crate) fn executables(packages: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
-    let mut args = vec![
-        "build",
-        "--release",
-        "--bins",
-        "--message-format=json-render-diagnostics",
-    ];
+    let mut args = vec!["build", "--release", "--bins"];
     args.extend(packages.iter().flat_map(|package| ["--package", package]));
-    eprintln!("$ cargo {}", args.join(" "));
-    let output = cargo(&args)
-        .stderr(Stdio::inherit())
-        .output()
-        .context("failed to start cargo build")?;
-    ensure!(output.status.success(), "cargo build: {}", output.status);
-    let text = String::from_utf8(output.stdout).context("cargo's messages are not UTF-8")?;
-    let found: BTreeMap<String, PathBuf> = text.lines().filter_map(executable).collect();
+    let found = announced(&args)?;
     if found.is_empty() {
         bail!("cargo built no binary of {}", packages.join(", "));
     }
-    Ok(found)
+    Ok(found.into_iter().collect())
+}
+
+/// Runs cargo with `args` and says which executables it announces, by the names of their targets.
+pub(crate) fn announced(args: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+    let line = args.join(" ");
+    eprintln!("$ cargo {line}");
+    let output = cargo(args)
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("failed to start cargo {line}"))?;
+    ensure!(output.status.success(), "cargo {line}: {}", output.status);
+    let text = String::from_utf8(output.stdout).context("cargo's messages are not UTF-8")?;
+    Ok(text.lines().filter_map(executable).collect())
 }
 
 /// The name and path in one of cargo's messages, if it announces a binary.

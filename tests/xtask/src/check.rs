@@ -40,7 +40,7 @@ impl Tally {
     }
 
     /// The count in a line of libtest, `test result: ok. 3 passed; 0 failed; ...`.
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let rest = line.strip_prefix("test result: ")?;
         let count = |word: &str| {
             rest.split([';', '.'])
@@ -72,6 +72,8 @@ pub(crate) fn verify() -> Result<()> {
     build::run(&[
         "clippy",
         "--workspace",
+        "--features",
+        "weft-tests/vm",
         "--all-targets",
         "--quiet",
         "--",
@@ -94,6 +96,8 @@ pub(crate) fn fix() -> Result<()> {
     build::run(&[
         "clippy",
         "--workspace",
+        "--features",
+        "weft-tests/vm",
         "--all-targets",
         "--quiet",
         "--fix",

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, check, demo, ebpf, host};
+use crate::{bench, check, demo, ebpf, host, vm};
 
 /// Builds, tests, measures and shows Weft.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ enum Command {
     Fix,
     /// The tests that need root, each in network namespaces of its own.
     Netns(FilterArgs),
+    /// The same tests, and those of kernel WireGuard, under Debian's older kernels, emulated: slow.
+    Vm(vm::VmArgs),
     /// Rebuilds the kernel programs' object, and the toolchain for it where it is missing.
     Ebpf,
     /// Builds Weft and shows it whole on this machine, each claim checked.
@@ -55,6 +57,7 @@ impl Xtask {
                 host::check(host::Needs::NETWORK)?;
                 finish(check::netns(args.filter.as_deref())?)
             }
+            Command::Vm(args) => finish(vm::run(&args)?),
             Command::Ebpf => ebpf::rebuild(),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),

@@ -12,17 +12,13 @@
 
 mod toolchain;
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use self::toolchain::Toolchain;
-use crate::build::root;
+use crate::{build::root, debian::output};
 
 /// The object's file name.
 const OBJECT: &str = "weft.bpf.o";
@@ -149,17 +145,6 @@ fn sha256(path: &Path) -> Result<String> {
         Some(sum) if sum.len() == 64 => Ok(sum.to_owned()),
         _ => bail!("sha256sum said {line:?}"),
     }
-}
-
-/// What a command prints, trimmed.
-fn output(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("failed to start {name}"))?;
-    ensure!(output.status.success(), "{name}: {}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 #[cfg(test)]

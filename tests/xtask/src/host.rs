@@ -31,6 +31,16 @@ impl Needs {
             ("nft", "nftables"),
         ],
     };
+    /// Booting other kernels.
+    pub(crate) const GUESTS: Self = Self {
+        programs: &[
+            ("ip", "iproute2"),
+            ("nft", "nftables"),
+            ("qemu-system-x86_64", "qemu-system-x86"),
+            ("depmod", "kmod"),
+            ("xz", "xz-utils"),
+        ],
+    };
 }
 
 /// Checks root, the kernel and the C compiler, and installs the programs that are missing.
@@ -91,6 +101,20 @@ fn install(programs: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
+/// What a kernel says when something is wrong with it.
+const ALARMS: [&str; 5] = [
+    "WARNING: ",
+    "BUG: ",
+    "Oops",
+    "general protection fault",
+    "Kernel panic",
+];
+
+/// Whether a line of the kernel's log says that something is wrong with it.
+pub(crate) fn is_alarm(line: &str) -> bool {
+    ALARMS.iter().any(|alarm| line.contains(alarm))
+}
+
 /// Whether a program of this name is in the `PATH`.
 fn runs(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -119,6 +143,14 @@ pub(crate) fn machine() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_warning_of_the_kernel_is_an_alarm_and_other_words_are_not() {
+        assert!(is_alarm(
+            "[   12.1] WARNING: CPU: 0 PID: 9 at net/core/skbuff.c:100 skb_x+0x1/0x2"
+        ));
+        assert!(!is_alarm("[    6.1] 9pnet: Installing 9P2000 support"));
+    }
 
     #[test]
     fn a_kernel_is_judged_by_its_first_two_numbers() {

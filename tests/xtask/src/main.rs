@@ -5,9 +5,11 @@ mod bench;
 mod build;
 mod check;
 mod command;
+mod debian;
 mod demo;
 mod ebpf;
 mod host;
+mod vm;
 
 use std::process::ExitCode;
 

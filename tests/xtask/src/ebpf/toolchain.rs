@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::output;
+use crate::debian::{Apt, cache, output};
 
 /// Debian's packages: a compiler, its libraries for this machine and for BPF, and its LLVM.
 const DEBIAN_PACKAGES: [&str; 5] = [
@@ -181,10 +181,10 @@ impl Toolchain {
 
 /// Debian's compiler, unpacked into the cache.
 fn debian() -> Result<Toolchain> {
-    let folder = cache()?.join(format!("debian-{}", DEBIAN_PACKAGES[1]));
+    let folder = cache("ebpf")?.join(format!("debian-{}", DEBIAN_PACKAGES[1]));
     let usr = folder.join("usr");
     if !usr.join("bin/rustc").exists() {
-        unpack_debian(&folder)?;
+        Apt::own().unpack(&DEBIAN_PACKAGES, &folder, "usr/bin/rustc")?;
     }
     let libraries = fs::read_dir(usr.join("lib"))
         .with_context(|| format!("failed to list {}", usr.join("lib").display()))?
@@ -211,49 +211,6 @@ fn debian() -> Result<Toolchain> {
         .rustc_version()
         .context("the unpacked compiler does not start")?;
     Ok(toolchain)
-}
-
-/// Downloads the packages and unpacks them beside `folder`, then moves them there in one step.
-fn unpack_debian(folder: &Path) -> Result<()> {
-    let parent = folder.parent().context("the cache has no parent folder")?;
-    let work = parent.join(format!("unpacking-{}", std::process::id()));
-    fs::create_dir_all(&work).with_context(|| format!("failed to make {}", work.display()))?;
-    let line = format!("apt-get download {}", DEBIAN_PACKAGES.join(" "));
-    eprintln!("$ {line}");
-    let downloaded = Command::new("apt-get")
-        .arg("download")
-        .args(DEBIAN_PACKAGES)
-        .current_dir(&work)
-        .stdout(Stdio::null())
-        .status()
-        .context("failed to start apt-get");
-    let result = downloaded.and_then(|status| {
-        ensure!(status.success(), "{line}: {status} (apt-get update first?)");
-        unpack_all(&work)?;
-        match fs::rename(&work, folder) {
-            Err(error) if !folder.join("usr/bin/rustc").exists() => Err(error)
-                .with_context(|| format!("failed to move the compiler to {}", folder.display())),
-            _ => Ok(()),
-        }
-    });
-    // After the rename there is nothing left of it.
-    let _ = fs::remove_dir_all(&work);
-    result
-}
-
-fn unpack_all(work: &Path) -> Result<()> {
-    for entry in fs::read_dir(work).with_context(|| format!("failed to list {}", work.display()))? {
-        let package = entry.context("failed to list the downloads")?.path();
-        if package
-            .extension()
-            .is_some_and(|extension| extension == "deb")
-        {
-            output(Command::new("dpkg").arg("-x").arg(&package).arg(work))?;
-            fs::remove_file(&package)
-                .with_context(|| format!("failed to remove {}", package.display()))?;
-        }
-    }
-    Ok(())
 }
 
 fn install_libraries() -> Result<()> {
@@ -310,7 +267,7 @@ fn nightly() -> Result<Toolchain> {
     let version = toolchain
         .rustc_version()?
         .replace(|c: char| !c.is_ascii_alphanumeric(), "-");
-    toolchain.folder = cache()?.join(version);
+    toolchain.folder = cache("ebpf")?.join(version);
     fs::create_dir_all(&toolchain.folder)
         .with_context(|| format!("failed to make {}", toolchain.folder.display()))?;
     Ok(toolchain)
@@ -334,23 +291,11 @@ fn library(folder: &Path, prefix: &str) -> Result<PathBuf> {
     bail!("{} holds no {prefix}*", folder.display())
 }
 
-fn cache() -> Result<PathBuf> {
-    let base = match env::var_os("XDG_CACHE_HOME") {
-        Some(base) => PathBuf::from(base),
-        None => home()?.join(".cache"),
-    };
-    let folder = base.join("weft/ebpf");
-    fs::create_dir_all(&folder).with_context(|| format!("failed to make {}", folder.display()))?;
-    Ok(folder)
-}
-
 fn cargo_home() -> Result<PathBuf> {
     match env::var_os("CARGO_HOME") {
         Some(path) => Ok(path.into()),
-        None => Ok(home()?.join(".cargo")),
+        None => Ok(env::home_dir()
+            .context("there is no home folder: set HOME or CARGO_HOME")?
+            .join(".cargo")),
     }
-}
-
-fn home() -> Result<PathBuf> {
-    env::home_dir().context("there is no home folder: set HOME or XDG_CACHE_HOME")
 }
