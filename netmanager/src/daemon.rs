@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use netmanager_api::observe::beside;
+use netmanager_api::{conditions::Conditions, observe::beside};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     datapath::{BpfDatapath, DatapathError, HookMode, Options, Sizes, preflight},
     door::{Door, DoorError},
-    follow::{self, Agent, FollowError, Outbox},
+    follow::{self, Agent, FollowError, Inbox, Outbox},
     links::{self, Links, LinksError},
     metrics::{self, Gauges},
     observe,
@@ -35,6 +35,7 @@ use crate::{
 };
 
 mod attach;
+mod conditions;
 mod explain;
 mod node;
 mod paths;
@@ -177,6 +178,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let (log, log_counters) = (datapath.flow_log()?, datapath.log_counters()?);
     let (asked_sender, mut asked) = mpsc::channel(64);
     let (table_sender, mut tables) = mpsc::channel(4);
+    let (told, mut conditions) = watch::channel(Conditions::default());
     let tunnel = tunnels::spawn(
         &mut tasks,
         &settings,
@@ -213,7 +215,11 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     tasks.spawn(door.serve(asked_sender));
     tasks.spawn(observe::serve(observers, log, log_counters, asks));
     if let Some(agent) = settings.agent {
-        tasks.spawn(follow::follow(agent, outgoing, table_sender.clone()));
+        let inbox = Inbox {
+            tables: table_sender.clone(),
+            conditions: told,
+        };
+        tasks.spawn(follow::follow(agent, outgoing, inbox));
     }
     if let Some(path) = settings.table {
         tasks.spawn(table_file::follow(path, table_sender.clone()));
@@ -233,6 +239,10 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
             }
             Some(ask) = asked_names.recv() => node.explain(ask),
             Some(table) = tables.recv() => node.take_table(table).await,
+            Ok(()) = conditions.changed() => {
+                let conditions = conditions.borrow_and_update().clone();
+                node.take_conditions(conditions).await;
+            }
             Ok(()) = links_changed.changed() => {
                 look_at.get_or_insert_with(|| Instant::now() + CALM);
             }

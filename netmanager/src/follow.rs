@@ -12,6 +12,7 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use netmanager_api::{
+    conditions::Conditions,
     identity::{Credentials, IdentityError, Role, SERVER_NAME},
     stream::{Endpoint, FromNode, Hello, Measured, NodeDoorClient, ToNode},
     table::{Revision, Table},
@@ -51,6 +52,15 @@ pub struct Outbox {
     pub applied: Option<Revision>,
     /// What was measured.
     pub measured: Measured,
+}
+
+/// Where what the agent says goes.
+#[derive(Clone, Debug)]
+pub struct Inbox {
+    /// Newer tables.
+    pub tables: mpsc::Sender<Table>,
+    /// The newest conditions; a change also where they are the same again.
+    pub conditions: watch::Sender<Conditions>,
 }
 
 /// Where the agent is and how to prove who this node is.
@@ -121,14 +131,10 @@ fn wrong_node(credentials: &Credentials, agent: &Agent) -> FollowError {
     }
 }
 
-/// Follows the agent until the receiver of tables is gone.
-pub async fn follow(
-    agent: Agent,
-    mut outbox: watch::Receiver<Outbox>,
-    tables: mpsc::Sender<Table>,
-) {
+/// Follows the agent until the receiver of its tables is gone.
+pub async fn follow(agent: Agent, mut outbox: watch::Receiver<Outbox>, inbox: Inbox) {
     let mut pause = FIRST_PAUSE;
-    while !tables.is_closed() {
+    while !inbox.tables.is_closed() {
         let is_known = outbox
             .wait_for(|outbox| outbox.hello.is_some())
             .await
@@ -137,7 +143,7 @@ pub async fn follow(
             return;
         }
         let started = Instant::now();
-        let ended = session(&agent, &mut outbox, &tables).await;
+        let ended = session(&agent, &mut outbox, &inbox).await;
         if started.elapsed() >= STEADY {
             pause = FIRST_PAUSE;
         }
@@ -150,7 +156,7 @@ pub async fn follow(
         }
         tokio::select! {
             () = sleep(jittered(pause, entropy())) => {}
-            () = tables.closed() => return,
+            () = inbox.tables.closed() => return,
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -160,7 +166,7 @@ pub async fn follow(
 async fn session(
     agent: &Agent,
     outbox: &mut watch::Receiver<Outbox>,
-    tables: &mpsc::Sender<Table>,
+    inbox: &Inbox,
 ) -> Result<(), FollowError> {
     let tls = client_tls(agent)?;
     let silent = |_| FollowError::Silent(agent.address.clone());
@@ -185,9 +191,12 @@ async fn session(
         tokio::select! {
             answer = answers.message() => match answer.map_err(ended)? {
                 Some(ToNode::Table(table)) => {
-                    if tables.send(*table).await.is_err() {
+                    if inbox.tables.send(*table).await.is_err() {
                         return Ok(());
                     }
+                }
+                Some(ToNode::Conditions(conditions)) => {
+                    inbox.conditions.send_replace(conditions);
                 }
                 None => return Err(FollowError::Ended("without a reason".to_owned())),
             },
@@ -202,7 +211,7 @@ async fn session(
                 // A full channel has words in it already; a closed one ends with the answers.
                 let _ = sender.try_send(FromNode::Measured(sent.measured.clone()));
             }
-            () = tables.closed() => return Ok(()),
+            () = inbox.tables.closed() => return Ok(()),
         }
     }
 }

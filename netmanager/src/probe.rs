@@ -1,13 +1,14 @@
 //! Probes: how far the peers are, and whether new backends can be reached.
 //!
 //! ```text
-//!  Targets --watch--> [loop] --echo through the tunnel--> node endpoint of each peer
+//!  Targets --watch--> [loop] --echo through the tunnel--> node endpoints of the peers
 //!                       |  \--TCP connect or ICMPv6 echo--> each probing backend
 //!                       '--watch--> Observed: round-trip times, unreachable peers, reached backends
 //! ```
 //!
 //! Everything is sent from the node endpoint's address, so a probe goes the way that traffic goes. The loop
-//! also answers the echo of the other nodes. What is decided is in [`rtt`] and [`reach`]; here is the I/O.
+//! also answers the echo of the other nodes. What is decided is in [`rtt`], [`coordinate`] and [`reach`]; here is
+//! the I/O.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +18,7 @@ use std::{
 };
 
 use ebpf_common::addr::{Mesh6, NODE_ENDPOINT, Name6};
-use netmanager_api::stream::InstanceRef;
+use netmanager_api::{conditions::Coordinate, stream::InstanceRef};
 use tokio::{
     net::UdpSocket,
     sync::watch,
@@ -26,15 +27,17 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub mod coordinate;
 mod echo;
 pub mod mtu;
 pub mod reach;
 pub mod rtt;
 
+use coordinate::Place;
 pub use echo::ECHO_PORT;
-use echo::Echo;
+use echo::{Echo, Kind};
 use reach::{Outcome, ReachBy, Reaches};
-use rtt::Rtts;
+use rtt::{Answered, Interest, Rtts};
 
 /// When nothing is due: the loop wakes for a message.
 const FAR: Duration = Duration::from_secs(1 << 32);
@@ -43,7 +46,7 @@ const FAR: Duration = Duration::from_secs(1 << 32);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
     /// The peers, by node number.
-    pub nodes: BTreeSet<u32>,
+    pub nodes: BTreeMap<u32, Interest>,
     /// The probing backends.
     pub reach: BTreeMap<InstanceRef, ReachBy>,
 }
@@ -57,6 +60,8 @@ pub struct Observed {
     pub unreachable: BTreeSet<u32>,
     /// The probing backends that were reached.
     pub reached: BTreeSet<InstanceRef>,
+    /// Where this node is in the network, once enough peers answered.
+    pub coordinate: Option<Coordinate>,
 }
 
 /// Why probes cannot begin.
@@ -102,6 +107,7 @@ impl Probes {
             socket,
             began: Instant::now(),
             rtts: Rtts::new(u64::from(node)),
+            place: Place::new(u64::from(node)),
             reaches: Reaches::default(),
             tries: JoinSet::new(),
         };
@@ -150,6 +156,7 @@ struct Prober {
     socket: UdpSocket,
     began: Instant,
     rtts: Rtts,
+    place: Place,
     reaches: Reaches,
     tries: JoinSet<(InstanceRef, ReachBy, Outcome)>,
 }
@@ -219,8 +226,10 @@ impl Prober {
         let now = self.now();
         for ask in self.rtts.tick(now) {
             let to = SocketAddr::from((endpoint(self.mesh, ask.node), ECHO_PORT));
-            let question = Echo::Ask {
+            let question = Echo {
+                kind: Kind::Ask,
                 sequence: ask.sequence,
+                from: self.place.coordinate(),
             };
             if let Err(error) = self.socket.send_to(&question.encode(), to).await {
                 tracing::trace!(%to, %error, "failed to send a probe");
@@ -238,19 +247,30 @@ impl Prober {
         let Some(node) = echo::node_of(self.mesh, from) else {
             return false;
         };
-        match Echo::decode(message) {
-            Some(Echo::Ask { sequence }) => {
-                let answer = Echo::Answer { sequence };
+        let Some(echo) = Echo::decode(message) else {
+            return false;
+        };
+        match echo.kind {
+            Kind::Ask => {
+                let answer = Echo {
+                    kind: Kind::Answer,
+                    from: self.place.coordinate(),
+                    ..echo
+                };
                 if let Err(error) = self.socket.send_to(&answer.encode(), from).await {
                     tracing::trace!(%from, %error, "failed to answer a probe");
                 }
                 false
             }
-            Some(Echo::Answer { sequence }) => {
-                let now = self.now();
-                self.rtts.answered(node, sequence, now)
+            Kind::Answer => {
+                let answered = self.rtts.answered(node, echo.sequence, self.now());
+                let rtt_us = self.rtts.smoothed_us(node);
+                let Some(rtt_us) = rtt_us.filter(|_| answered != Answered::Late) else {
+                    return false;
+                };
+                let moved = self.place.learn(&echo.from, rtt_us);
+                moved || answered == Answered::Changed
             }
-            None => false,
         }
     }
 
@@ -259,6 +279,7 @@ impl Prober {
             rtt_us: self.rtts.rtt_us(),
             unreachable: self.rtts.unreachable(),
             reached: self.reaches.reached(),
+            coordinate: self.place.told(),
         };
         observed.send_if_modified(|old| {
             let changed = *old != now;

@@ -213,6 +213,7 @@ impl Mesh {
             node: TableNode {
                 number: own.number,
                 blocks4: vec![own.block4()],
+                carbon_g_kwh: None,
             },
             peers: peers.map(|peer| self.peer(peer)).collect(),
             services: services.to_vec(),
@@ -230,6 +231,7 @@ impl Mesh {
             public_key: node.public_key(),
             endpoint: Some((underlay::address(node.number), TUNNEL_PORT).into()),
             blocks4: vec![node.block4()],
+            carbon_g_kwh: None,
         }
     }
 

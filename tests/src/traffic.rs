@@ -7,7 +7,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
@@ -41,6 +41,19 @@ const PATIENCE: Duration = Duration::from_secs(PATIENCE_S as u64);
 /// When nobody answers within three seconds, or somebody refuses.
 pub fn call(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<(TcpStream, String)> {
     call_at(netns, SocketAddr::new(to.into(), HTTP))
+}
+
+/// Who greets at `to`, from the namespace that the calling thread is in: for many calls in a row.
+///
+/// # Errors
+/// As [`call`].
+pub fn who_answers(to: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    let who = greeting(&mut stream)?;
+    // Until the server has closed its end: many calls in a row must not pile up there.
+    stream.shutdown(Shutdown::Write)?;
+    stream.read_to_end(&mut Vec::new())?;
+    Ok(who)
 }
 
 /// As [`call`], at any port.

@@ -8,6 +8,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use netmanager_api::{
+    conditions::{BackendLoad, Conditions},
     stream::{FromNode, Hello, ToNode},
     table::{Mesh, Node, Revision, Table},
 };
@@ -16,7 +17,7 @@ use tokio::{
     task::JoinHandle,
     time::timeout,
 };
-use weft_netmanager::follow::{self, FollowError, Outbox, client_tls, follow};
+use weft_netmanager::follow::{self, FollowError, Inbox, Outbox, client_tls, follow};
 
 #[path = "follow/agent.rs"]
 mod agent;
@@ -40,6 +41,7 @@ fn table(index: u64) -> Table {
         node: Node {
             number: 4,
             blocks4: Vec::new(),
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: Vec::new(),
@@ -49,6 +51,7 @@ fn table(index: u64) -> Table {
 /// A following node: what it was told, what it has to say, and its task.
 struct Follower {
     tables: mpsc::Receiver<Table>,
+    conditions: watch::Receiver<Conditions>,
     outbox: watch::Sender<Outbox>,
     _task: JoinHandle<()>,
 }
@@ -72,10 +75,16 @@ fn start(authority: &Authority, address: SocketAddr) -> Follower {
         ..Outbox::default()
     });
     let (sender, tables) = mpsc::channel(4);
+    let (told, conditions) = watch::channel(Conditions::default());
+    let inbox = Inbox {
+        tables: sender,
+        conditions: told,
+    };
     Follower {
         tables,
+        conditions,
         outbox,
-        _task: tokio::spawn(follow(agent, said, sender)),
+        _task: tokio::spawn(follow(agent, said, inbox)),
     }
 }
 
@@ -103,6 +112,19 @@ async fn tables_come_in_and_what_is_applied_goes_out() {
     agent.tell.send(Ok(told)).await.unwrap();
     let got = timeout(SOON, follower.tables.recv()).await.unwrap();
     assert_eq!(got, Some(table(3)));
+    let load = BackendLoad {
+        addr6: "fd12:3456:789a::1:0:7".parse().unwrap(),
+        percent: 40,
+    };
+    let conditions = Conditions {
+        loads: vec![load],
+        ..Conditions::default()
+    };
+    let told = ToNode::Conditions(conditions.clone());
+    agent.tell.send(Ok(told)).await.unwrap();
+    let changed = timeout(SOON, follower.conditions.changed()).await.unwrap();
+    assert!(changed.is_ok());
+    assert_eq!(*follower.conditions.borrow(), conditions);
     follower
         .outbox
         .send_modify(|outbox| outbox.applied = Some(table(3).revision));

@@ -27,6 +27,8 @@ mod agent;
 mod machine;
 #[path = "node/mesh.rs"]
 mod mesh;
+#[path = "node/policy.rs"]
+mod policy;
 #[path = "node/stream.rs"]
 mod stream;
 #[path = "node/takeover.rs"]

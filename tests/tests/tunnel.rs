@@ -5,7 +5,7 @@
 )]
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     path::Path,
@@ -15,7 +15,7 @@ use std::{
 use nix::{sys::signal::Signal, unistd::Pid};
 use tokio_util::sync::CancellationToken;
 use weft_netmanager::{
-    probe::{Probes, Targets, reach::ReachBy},
+    probe::{Probes, Targets, reach::ReachBy, rtt::Interest},
     tunnel::socket_path,
     wireguard::peers::PeerOp,
 };
@@ -273,7 +273,7 @@ fn probes_measure_the_peer_reach_its_backends_and_see_it_go() {
         .keep_running(|| Probes::start(mesh, 1, shutdown.clone()))
         .unwrap();
     probes.set(Targets {
-        nodes: BTreeSet::from([2, 3]),
+        nodes: BTreeMap::from([(2, Interest::InUse), (3, Interest::InUse)]),
         reach: [
             (machine::instance(0), ReachBy::Tcp(listening)),
             (machine::instance(1), ReachBy::Echo(*listening.ip())),
@@ -294,6 +294,10 @@ fn probes_measure_the_peer_reach_its_backends_and_see_it_go() {
         (reached.len() == 2).then_some(reached)
     });
     assert!(!reached.contains(&machine::instance(2)));
+    let place = wait_for("a place in the network", SOON, || {
+        observed.borrow().coordinate
+    });
+    assert!(place.error_permille < 1_000, "{place:?}");
 
     b.remove().unwrap();
     wait_for("node 2 gone", SOON, || {

@@ -20,11 +20,15 @@ use control_core::{
     goal::Requests,
     report::{InstanceId, Report},
 };
-use netmanager_api::table::Table;
+use netmanager_api::{
+    conditions::{BackendLoad, Concern, Conditions, NodePlace, STALE},
+    table::Table,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     driver::{Driver, State, Statuses},
+    load::{Loads, Used},
     nodes::{Known, Node, Nodes, Standing},
     reconcile::{Action, Contact, Ledger, Orders, Verdict, View, may_start, reconcile},
     report::report,
@@ -64,6 +68,11 @@ pub struct Cluster {
     charge: Charge,
     orders: Option<Orders>,
     tables: BTreeMap<String, Arc<Table>>,
+    /// What each node's table names.
+    concerns: BTreeMap<String, Concern>,
+    loads: Loads,
+    /// What a lead said of the whole mesh, and when.
+    heard: Option<(Conditions, Instant)>,
     ledger: Ledger,
     seen: BTreeMap<InstanceId, u64>,
     lease_ends: Option<Instant>,
@@ -84,8 +93,15 @@ impl Cluster {
             })
             .collect();
         let orders = kept.charge.orders.as_ref().map(by_id);
+        let concerns = kept.tables.iter();
+        let concerns = concerns
+            .map(|(node, table)| (node.clone(), Concern::of(table)))
+            .collect();
         let tables = kept.tables.into_iter();
         Self {
+            concerns,
+            loads: Loads::default(),
+            heard: None,
             nodes,
             orders,
             charge: kept.charge,
@@ -150,6 +166,7 @@ impl Cluster {
         for (node, table) in tables {
             let have = self.tables.get(&node);
             if have.is_none_or(|have| have.revision <= table.revision && **have != table) {
+                self.concerns.insert(node.clone(), Concern::of(&table));
                 self.tables.insert(node.clone(), Arc::new(table));
                 changed.push(node);
             }
@@ -161,6 +178,69 @@ impl Cluster {
     #[must_use]
     pub fn table(&self, node: &str) -> Option<Arc<Table>> {
         self.tables.get(node).cloned()
+    }
+
+    /// Takes what a lead said of load and coordinates in the whole mesh.
+    pub fn heard(&mut self, conditions: Conditions, now: Instant) {
+        self.heard = Some((conditions, now));
+    }
+
+    /// Takes a look at the processor time that the instances used.
+    pub fn measure(&mut self, driver: &impl Driver, now: Instant) {
+        let orders = self.orders.as_ref();
+        let asked = |id: &InstanceId| match &orders?.get(id)?.want {
+            Want::Run(run) => Some(run.requests.cpu.as_milli()),
+            Want::Stop => None,
+        };
+        let used: BTreeMap<InstanceId, Used> = driver
+            .used()
+            .into_iter()
+            .filter_map(|(id, time)| {
+                let cpu_milli = asked(&id)?;
+                Some((id, Used { time, cpu_milli }))
+            })
+            .collect();
+        self.loads.measure(&used, now);
+    }
+
+    /// Where this cluster's nodes are, and how loaded its instances.
+    #[must_use]
+    pub fn own_conditions(&self, now: Instant) -> Conditions {
+        let ready = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.standing(now) == Standing::Ready);
+        let nodes = ready
+            .filter_map(|(name, node)| {
+                Some(NodePlace {
+                    node: self.tables.get(name)?.node.number,
+                    coordinate: node.measured.coordinate?,
+                })
+            })
+            .collect();
+        let loads = self
+            .loads
+            .told()
+            .filter_map(|(id, percent)| {
+                let endpoint = self.nodes.values().find_map(|node| node.endpoint(id))?;
+                let addr6 = endpoint.addr6;
+                Some(BackendLoad { addr6, percent })
+            })
+            .collect();
+        Conditions { nodes, loads }
+    }
+
+    /// What `node` should know: of this cluster what `own` says, of the others what a lead said, unless that is too
+    /// old. Without a lead the node goes on with its own cluster's.
+    #[must_use]
+    pub fn conditions(&self, node: &str, own: &Conditions, now: Instant) -> Conditions {
+        let Some(concern) = self.concerns.get(node) else {
+            return Conditions::default();
+        };
+        let heard = self.heard.as_ref();
+        let fresh = heard.filter(|(_, at)| now.saturating_duration_since(*at) < STALE);
+        let others = fresh.map(|(conditions, _)| conditions.clone().of(concern));
+        others.unwrap_or_default().joined(own.clone().of(concern))
     }
 
     /// What the leads said.

@@ -17,6 +17,7 @@ use std::{
 
 use futures::{Stream, StreamExt};
 use netmanager_api::{
+    conditions::Conditions,
     identity::{Identity, Role},
     stream::{
         FromNode, Hello, ToNode,
@@ -148,11 +149,13 @@ impl NodeDoor for Door {
         let hello = first_word(&node, &mut messages).await?;
         let stream = self.streams.fetch_add(1, Ordering::Relaxed) + 1;
         let (tables, table) = watch::channel(None);
+        let (conditions, condition) = watch::channel(Conditions::default());
         let connected = Event::Connected {
             node: node.clone(),
             stream,
             hello,
             tables,
+            conditions,
         };
         let closing = |_| Status::unavailable("the agent ends");
         self.events.send(connected).await.map_err(closing)?;
@@ -161,8 +164,21 @@ impl NodeDoor for Door {
             let table = table?;
             Some(Ok(ToNode::Table(Box::new((*table).clone()))))
         });
-        Ok(Response::new(Box::pin(out)))
+        let conditions = WatchStream::from_changes(condition);
+        let conditions = conditions.map(|conditions| Ok(ToNode::Conditions(conditions)));
+        Ok(Response::new(Box::pin(ends_with(out, conditions))))
     }
+}
+
+/// Both streams in one, until the first ends.
+fn ends_with<T: Send + 'static>(
+    first: impl Stream<Item = T> + Send + 'static,
+    second: impl Stream<Item = T> + Send + 'static,
+) -> impl Stream<Item = T> + Send {
+    let ending = first.map(Some).chain(futures::stream::iter([None]));
+    futures::stream::select(ending, second.map(Some))
+        .take_while(|item| std::future::ready(item.is_some()))
+        .filter_map(std::future::ready)
 }
 
 async fn first_word(node: &str, messages: &mut Streaming<FromNode>) -> Result<Hello, Status> {

@@ -34,6 +34,9 @@ pub trait Driver: Send + Sync + 'static {
     /// Drops what is remembered of an instance that is `Gone` or `Refused`.
     fn forget(&self, id: &InstanceId);
 
+    /// Processor time that each serving instance has used so far; none where the host does not count it.
+    fn used(&self) -> BTreeMap<InstanceId, Duration>;
+
     /// The statuses, now and whenever one changes.
     fn statuses(&self) -> watch::Receiver<Statuses>;
 }

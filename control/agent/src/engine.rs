@@ -1,9 +1,17 @@
 //! The agent's one loop: feeds the [`Cluster`] and carries out what follows.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use control_core::report::Report;
-use tokio::sync::{mpsc, watch};
+use netmanager_api::conditions::{Conditions, REPEAT};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -14,6 +22,39 @@ use crate::{
     reconcile::Ledger,
     store::Store,
 };
+
+/// How often the load is looked at, and conditions that changed are told.
+const CONDITIONS: Duration = Duration::from_secs(2);
+
+/// One node's stream.
+#[derive(Debug)]
+struct ToNode {
+    tables: TableSender,
+    conditions: Teller,
+}
+
+/// Tells conditions when they changed, and again after [`REPEAT`].
+#[derive(Debug)]
+struct Teller {
+    sender: watch::Sender<Conditions>,
+    told: Option<Instant>,
+}
+
+impl Teller {
+    fn new(sender: watch::Sender<Conditions>) -> Self {
+        Self { sender, told: None }
+    }
+
+    fn tell(&mut self, conditions: Conditions, now: Instant) {
+        let again = self
+            .told
+            .is_none_or(|told| now.saturating_duration_since(told) >= REPEAT);
+        if again || *self.sender.borrow() != conditions {
+            self.sender.send_replace(conditions);
+            self.told = Some(now);
+        }
+    }
+}
 
 /// The loop and all that it drives.
 #[derive(Debug)]
@@ -28,13 +69,18 @@ pub struct Engine<D> {
     pub events: mpsc::Receiver<Event>,
     /// What the lead client says on.
     pub outbox: watch::Sender<Outbox>,
+    /// What it says of load and coordinates.
+    pub conditions: watch::Sender<Conditions>,
 }
 
 impl<D: Driver> Engine<D> {
     /// Runs until `shutdown`, or until nobody can say anything any more. What the driver runs goes on.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut statuses = self.driver.statuses();
-        let mut tables: BTreeMap<String, TableSender> = BTreeMap::new();
+        let mut streams: BTreeMap<String, ToNode> = BTreeMap::new();
+        let mut leads = Teller::new(self.conditions.clone());
+        let mut looks = interval(CONDITIONS);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ledger = self.cluster.ledger().clone();
         let mut reported = Arc::new(Report::default());
         loop {
@@ -56,20 +102,33 @@ impl<D: Driver> Engine<D> {
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = wake => {}
+                _ = looks.tick() => self.tell(&mut leads, &mut streams),
                 changed = statuses.changed() => if changed.is_err() { return },
                 event = self.events.recv() => {
                     let Some(event) = event else { return };
-                    self.take(event, &mut tables);
+                    self.take(event, &mut streams);
                     // What waits already is taken in one go: one report for many messages.
                     while let Ok(event) = self.events.try_recv() {
-                        self.take(event, &mut tables);
+                        self.take(event, &mut streams);
                     }
                 }
             }
         }
     }
 
-    fn take(&mut self, event: Event, tables: &mut BTreeMap<String, TableSender>) {
+    /// Looks at the load, and tells leads and nodes how things stand.
+    fn tell(&mut self, leads: &mut Teller, streams: &mut BTreeMap<String, ToNode>) {
+        let now = Instant::now();
+        self.cluster.measure(&self.driver, now);
+        let own = self.cluster.own_conditions(now);
+        for (node, stream) in streams {
+            let conditions = self.cluster.conditions(node, &own, now);
+            stream.conditions.tell(conditions, now);
+        }
+        leads.tell(own, now);
+    }
+
+    fn take(&mut self, event: Event, streams: &mut BTreeMap<String, ToNode>) {
         let now = Instant::now();
         match event {
             Event::Welcomed { welcome, sent } => {
@@ -98,21 +157,24 @@ impl<D: Driver> Engine<D> {
                     if let Some(table) = &table {
                         self.store.keep_table(&node, table);
                     }
-                    if let Some(sender) = tables.get(&node) {
-                        sender.send_replace(table);
+                    if let Some(stream) = streams.get(&node) {
+                        stream.tables.send_replace(table);
                     }
                 }
             }
+            Event::Conditions(conditions) => self.cluster.heard(conditions, now),
             Event::Parted => self.cluster.parted(),
             Event::Connected {
                 node,
                 stream,
                 hello,
-                tables: sender,
+                tables,
+                conditions,
             } => {
                 tracing::info!(node, applied = ?hello.applied, version = hello.version, "a node is here");
-                sender.send_replace(self.cluster.table(&node));
-                tables.insert(node.clone(), sender);
+                tables.send_replace(self.cluster.table(&node));
+                let conditions = Teller::new(conditions);
+                streams.insert(node.clone(), ToNode { tables, conditions });
                 if let Some(state) = self.cluster.nodes.get_mut(&node) {
                     state.connected(stream, hello, now);
                     self.store.keep_known(&node, &state.known);
@@ -135,7 +197,7 @@ impl<D: Driver> Engine<D> {
                 let state = self.cluster.nodes.get_mut(&node);
                 if state.is_some_and(|state| state.broke(stream, now)) {
                     tracing::warn!(node, "a node is away");
-                    tables.remove(&node);
+                    streams.remove(&node);
                 }
             }
         }

@@ -8,6 +8,7 @@ use std::{
 
 use control_api::stream::{Assignments, Welcome};
 use netmanager_api::{
+    conditions::Conditions,
     stream::{FromNode, Hello},
     table::Table,
 };
@@ -37,6 +38,8 @@ pub enum Event {
     Ordered(Assignments),
     /// A lead sent tables.
     Tabled(BTreeMap<String, Table>),
+    /// A lead said how things stand.
+    Conditions(Conditions),
     /// The stream to the lead is no more.
     Parted,
     /// A node's stream is up.
@@ -49,6 +52,8 @@ pub enum Event {
         hello: Hello,
         /// Takes its tables.
         tables: TableSender,
+        /// Takes its conditions.
+        conditions: watch::Sender<Conditions>,
     },
     /// A node said something.
     Said {

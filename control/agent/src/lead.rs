@@ -18,7 +18,7 @@ use control_api::stream::{
 };
 use control_core::report::{ClusterFacts, Report};
 use hyper_util::rt::TokioIo;
-use netmanager_api::identity::SERVER_NAME;
+use netmanager_api::{conditions::Conditions, identity::SERVER_NAME};
 use rustls::ClientConfig;
 use tokio::{
     net::TcpStream,
@@ -70,6 +70,8 @@ pub struct LeadClient {
     pub facts: ClusterFacts,
     /// What is to be said.
     pub outbox: watch::Receiver<Outbox>,
+    /// What is to be said of load and coordinates; a change also where it is the same again.
+    pub conditions: watch::Receiver<Conditions>,
     /// Where what is heard goes.
     pub events: mpsc::Sender<Event>,
 }
@@ -225,6 +227,7 @@ impl LeadClient {
                         },
                         ToAgent::Assignments(assignments) => Event::Ordered(assignments),
                         ToAgent::Tables(tables) => Event::Tabled(tables),
+                        ToAgent::Conditions(conditions) => Event::Conditions(conditions),
                     };
                     self.events.send(event).await.map_err(|_| Parting::Over)?;
                 }
@@ -240,6 +243,12 @@ impl LeadClient {
                 _ = remind.tick() => {
                     said = None;
                     self.outbox.mark_changed();
+                }
+                changed = self.conditions.changed() => {
+                    changed.map_err(|_| Parting::Over)?;
+                    let conditions = self.conditions.borrow_and_update().clone();
+                    // Full: the lead is slow. They are said again soon.
+                    let _ = stream.sender.try_send(FromAgent::Conditions(conditions));
                 }
                 changed = self.outbox.changed() => {
                     changed.map_err(|_| Parting::Over)?;

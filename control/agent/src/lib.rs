@@ -3,7 +3,7 @@
 //! ```text
 //!  leads <--- lead.rs ---.                      .--- door.rs <--- NetManagers
 //!                        +--> engine.rs <------'
-//!                        |    cluster.rs  state, no I/O: reconcile.rs, report.rs, nodes.rs, room.rs, smooth.rs
+//!                        |    cluster.rs  state, no I/O: reconcile.rs, report.rs, nodes.rs, room.rs, load.rs, smooth.rs
 //!                        |    store.rs    what outlives a restart
 //!                        '--> driver.rs   runs the instances
 //! ```
@@ -14,7 +14,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Instant};
 
-use netmanager_api::identity::{Credentials, Identity, IdentityError, Role};
+use netmanager_api::{
+    conditions::Conditions,
+    identity::{Credentials, Identity, IdentityError, Role},
+};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -41,6 +44,7 @@ pub mod driver;
 pub mod engine;
 pub mod event;
 pub mod lead;
+pub mod load;
 pub mod nodes;
 pub mod reconcile;
 pub mod report;
@@ -119,6 +123,7 @@ impl<D: Driver> Agent<D> {
         let capacity = self.config.capacity();
         let (event, events) = mpsc::channel(EVENTS);
         let (outbox, outgoing) = watch::channel(Outbox::default());
+        let (conditions, telling) = watch::channel(Conditions::default());
         let door = Door::new(identity, capacity.keys().cloned().collect(), event.clone());
         let leads = LeadClient {
             leads: self.leads,
@@ -126,6 +131,7 @@ impl<D: Driver> Agent<D> {
             cluster,
             facts: self.config.facts,
             outbox: outgoing,
+            conditions: telling,
             events: event,
         };
         let engine = Engine {
@@ -134,6 +140,7 @@ impl<D: Driver> Agent<D> {
             store,
             events,
             outbox,
+            conditions,
         };
         let end = shutdown.child_token();
         let mut tasks = JoinSet::new();

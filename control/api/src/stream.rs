@@ -4,9 +4,11 @@
 //!  agent -> lead   Hello                      once, first
 //!                  Report                     when it changed, and at least every REPORT_AT_LEAST
 //!                  Alive{sequence}            every third of the lease
+//!                  Conditions                 load and coordinates: when they changed, and every few seconds
 //!  lead -> agent   Welcome{session, lease}    once, first, when the leader registered the cluster
 //!                  Renewed{sequence}          the leader counted this Alive
 //!                  Assignments, Tables        at once after Welcome, then whenever they changed
+//!                  Conditions                 of the mesh, the answer to the agent's
 //! ```
 //!
 //! The agent dials any lead. Reports and assignments are complete and every message may come again, so a
@@ -19,7 +21,7 @@ use control_core::{
     assignment::Assignment,
     report::{ClusterFacts, Report},
 };
-use netmanager_api::table::Table;
+use netmanager_api::{conditions::Conditions, table::Table};
 use serde::{Deserialize, Serialize};
 
 /// The largest message that either side takes, bytes: some 20,000 table rows.
@@ -41,6 +43,8 @@ pub enum FromAgent {
         /// Counts up within the stream; comes back in [`ToAgent::Renewed`].
         sequence: u64,
     },
+    /// Where the cluster's nodes are and how loaded its instances; never in the log.
+    Conditions(Conditions),
 }
 
 /// Who an agent is.
@@ -73,6 +77,8 @@ pub enum ToAgent {
     Assignments(Assignments),
     /// The tables that changed, by node name; a node that is not named keeps its own.
     Tables(BTreeMap<String, Table>),
+    /// The same of the mesh, as far as this cluster's tables name it; complete.
+    Conditions(Conditions),
 }
 
 /// What a cluster must run, and what it must have stopped.

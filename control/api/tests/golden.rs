@@ -10,7 +10,10 @@ use control_core::{
         ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
     },
 };
-use netmanager_api::table::{Mesh, Node, Revision, Table};
+use netmanager_api::{
+    conditions::{BackendLoad, Conditions, Coordinate, NodePlace},
+    table::{Mesh, Node, Revision, Table},
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 fn golden<T>(name: &str, message: &T)
@@ -35,6 +38,23 @@ fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
+fn conditions() -> Conditions {
+    Conditions {
+        nodes: vec![NodePlace {
+            node: 2,
+            coordinate: Coordinate {
+                at_us: [12_000, -3_400, 0],
+                height_us: 350,
+                error_permille: 120,
+            },
+        }],
+        loads: vec![BackendLoad {
+            addr6: "fd12:3456:789a::2:0:7".parse().expect("an address"),
+            percent: 85,
+        }],
+    }
+}
+
 #[test]
 fn what_an_agent_says_has_a_golden_file() {
     golden(
@@ -56,6 +76,10 @@ fn what_an_agent_says_has_a_golden_file() {
             revision: Some((0, 41)),
             version: "0.1.0".to_owned(),
         }),
+    );
+    golden(
+        "from_agent_conditions",
+        &FromAgent::Conditions(conditions()),
     );
     golden("from_agent_alive", &FromAgent::Alive { sequence: 3 });
 }
@@ -109,6 +133,7 @@ fn what_a_lead_says_has_a_golden_file() {
         lease_ms: 10_000,
     };
     golden("to_agent_welcome", &ToAgent::Welcome(welcome));
+    golden("to_agent_conditions", &ToAgent::Conditions(conditions()));
     golden("to_agent_renewed", &ToAgent::Renewed { sequence: 3 });
     let run = Run {
         image: None,
@@ -157,6 +182,7 @@ fn what_a_lead_says_has_a_golden_file() {
         node: Node {
             number: 1,
             blocks4: vec!["10.16.0.0/27".parse().expect("a prefix")],
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: Vec::new(),

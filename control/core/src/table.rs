@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::base::Vip;
 use crate::{
-    base::{BindingState, KnowledgeBase, Node},
+    base::{BindingState, Cluster, KnowledgeBase, Node},
     goal::{Grantee, Port},
     name::{Name, ServiceName},
     report::{EndpointFact, Phase},
@@ -47,6 +47,8 @@ pub struct NodeTable {
     pub number: u32,
     /// This node's /27 blocks.
     pub blocks4: Vec<Ipv4Net>,
+    /// Carbon intensity of its cluster's power, gCO2e/kWh.
+    pub carbon_g_kwh: u32,
     /// The nodes that this node's traffic may go to or come from, this one not among them.
     pub peers: Vec<Peer>,
     /// The services that this node's endpoints may call.
@@ -66,6 +68,8 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// Its IPv4 blocks.
     pub blocks4: Vec<Ipv4Net>,
+    /// Carbon intensity of its cluster's power, gCO2e/kWh.
+    pub carbon_g_kwh: u32,
 }
 
 /// A service that may be called from this node.
@@ -133,6 +137,7 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTab
         seed: mesh.seed,
         number: this.number,
         blocks4: blocks4(kb, this),
+        carbon_g_kwh: carbon(here),
         peers: peers(kb, (cluster, node), &services),
         services,
     })
@@ -284,6 +289,11 @@ fn blocks4(kb: &KnowledgeBase, node: &Node) -> Vec<Ipv4Net> {
         .collect()
 }
 
+/// As the operator says it; more than fits is as dirty as any.
+fn carbon(cluster: &Cluster) -> u32 {
+    u32::try_from(cluster.facts.carbon_g_kwh).unwrap_or(u32::MAX)
+}
+
 fn peers(kb: &KnowledgeBase, (cluster, node): (&Name, &str), services: &[Service]) -> Vec<Peer> {
     let total: usize = kb.clusters.values().map(|c| c.nodes.len()).sum();
     let mut wanted: BTreeSet<u32> = BTreeSet::new();
@@ -323,6 +333,7 @@ fn peers(kb: &KnowledgeBase, (cluster, node): (&Name, &str), services: &[Service
                 public_key: facts.report.public_key.clone(),
                 endpoint: facts.report.tunnel,
                 blocks4: blocks4(kb, facts),
+                carbon_g_kwh: carbon(other),
             });
         }
     }

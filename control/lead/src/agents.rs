@@ -4,6 +4,7 @@
 //!  Hello --> register (log) --> Welcome
 //!     |-- Report --> newest only --> log, when it changed or the last one gets old
 //!     |-- Alive  --> newest only --> the leader's leases --> Renewed
+//!     |-- Conditions --> newest only --> the leader's board --> Conditions of the mesh
 //!     '-- the replica changes    --> what is new of Assignments and Tables
 //! ```
 //!
@@ -22,7 +23,10 @@ use control_core::{
     name::Name,
     report::Report,
 };
-use netmanager_api::identity::{Identity, Role};
+use netmanager_api::{
+    conditions::{Concern, Conditions},
+    identity::{Identity, Role},
+};
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -142,11 +146,25 @@ async fn session(
     send(&outbound, ToAgent::Welcome(welcome)).await?;
     let (reports, newest_report) = watch::channel(None);
     let (alive, newest_alive) = watch::channel(None);
+    let (conditions, newest_conditions) = watch::channel(Conditions::default());
+    let (concerned, concern) = watch::channel(Concern::default());
+    let heard = Heard {
+        reports,
+        alive,
+        conditions,
+    };
+    let exchange = Exchange {
+        lead,
+        cluster,
+        session,
+        concern,
+    };
     tokio::select! {
-        ended = listen(inbound, reports, alive) => ended,
+        ended = listen(inbound, heard) => ended,
+        ended = exchange.run(newest_conditions, &outbound) => ended,
         ended = report(lead, cluster, session, newest_report) => ended,
         ended = renew(lead, cluster, session, newest_alive, &outbound) => ended,
-        ended = push(lead, cluster, &outbound) => ended,
+        ended = push(lead, cluster, &outbound, &concerned) => ended,
     }
 }
 
@@ -206,22 +224,28 @@ async fn commit(lead: &Lead, command: Command) -> Result<u64, Status> {
     }
 }
 
-/// Reads the agent's messages; the newest of each kind counts.
-async fn listen(
-    mut inbound: Streaming<FromAgent>,
+/// The newest of each kind.
+struct Heard {
     reports: watch::Sender<Option<Report>>,
     alive: watch::Sender<Option<u64>>,
-) -> Result<(), Status> {
+    conditions: watch::Sender<Conditions>,
+}
+
+/// Reads the agent's messages; the newest of each kind counts.
+async fn listen(mut inbound: Streaming<FromAgent>, heard: Heard) -> Result<(), Status> {
     while let Some(message) = inbound.message().await? {
         match message {
             FromAgent::Hello(_) => {
                 return Err(Status::invalid_argument("a second hello on one stream"));
             }
             FromAgent::Report(report) => {
-                reports.send_replace(Some(report));
+                heard.reports.send_replace(Some(report));
             }
             FromAgent::Alive { sequence } => {
-                alive.send_replace(Some(sequence));
+                heard.alive.send_replace(Some(sequence));
+            }
+            FromAgent::Conditions(conditions) => {
+                heard.conditions.send_replace(conditions);
             }
         }
     }
@@ -290,13 +314,60 @@ async fn renew(
     Ok(())
 }
 
+/// Brings an agent's conditions to the leader's board, and what stands there to the agent.
+struct Exchange<'a> {
+    lead: &'a Lead,
+    cluster: &'a Name,
+    session: u64,
+    /// What the cluster's tables name.
+    concern: watch::Receiver<Concern>,
+}
+
+impl Exchange<'_> {
+    async fn run(
+        self,
+        mut newest: watch::Receiver<Conditions>,
+        outbound: &Sender,
+    ) -> Result<(), Status> {
+        while newest.changed().await.is_ok() {
+            let conditions = newest.borrow_and_update().clone();
+            let ask = Ask::Exchange {
+                cluster: self.cluster.clone(),
+                session: self.session,
+                conditions,
+            };
+            match self.lead.ask(ask).await {
+                Ok(Answer::Conditions(all)) => {
+                    let concerning = all.of(&self.concern.borrow());
+                    send(outbound, ToAgent::Conditions(concerning)).await?;
+                }
+                Err(error @ AskError::SessionOver { .. }) => return Err(unavailable(error)),
+                // The agent repeats itself; meanwhile its nodes go on with what they have.
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(cluster = %self.cluster, %error, "no conditions");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Sends what is new, whenever the replica changes.
-async fn push(lead: &Lead, cluster: &Name, outbound: &Sender) -> Result<(), Status> {
+async fn push(
+    lead: &Lead,
+    cluster: &Name,
+    outbound: &Sender,
+    concerned: &watch::Sender<Concern>,
+) -> Result<(), Status> {
     let mut applied = lead.replica.watch();
     let mut sent = Sent::default();
     loop {
         applied.mark_unchanged();
         let messages = lead.replica.read(|base| news(base, cluster, &mut sent));
+        if messages.iter().any(|it| matches!(it, ToAgent::Tables(_))) {
+            concerned.send_replace(sent.concern());
+        }
         for message in messages {
             send(outbound, message).await?;
         }

@@ -11,11 +11,13 @@ use std::{
 };
 
 use control_core::{base::ClusterState, command::Command, name::Name};
+use netmanager_api::conditions::Conditions;
 use openraft::{LogId, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
+    board::{self, Board},
     leases::Leases,
     raft::{
         Member, Raft, Timers,
@@ -48,6 +50,12 @@ pub(crate) enum Ask {
     ReadIndex,
     /// A cluster's agent is alive.
     Renew { cluster: Name, session: u64 },
+    /// How do things stand in the mesh? With what the cluster says of itself.
+    Exchange {
+        cluster: Name,
+        session: u64,
+        conditions: Conditions,
+    },
     /// Which entry must be applied to see what the control loop made of this one?
     Planned { index: u64 },
 }
@@ -58,6 +66,7 @@ pub(crate) enum Answer {
     Done(Done),
     Index(u64),
     Renewed,
+    Conditions(Conditions),
 }
 
 /// Why an ask was not served.
@@ -110,6 +119,7 @@ pub(crate) struct Lead {
     pub(crate) timers: Timers,
     pub(crate) election: Election,
     pub(crate) leases: Mutex<Leases>,
+    pub(crate) board: Mutex<Board>,
     pub(crate) planned: watch::Sender<Planned>,
 }
 
@@ -176,6 +186,13 @@ impl Lead {
             Ask::Renew { cluster, session } => {
                 self.renew(cluster, session).map(|()| Answer::Renewed)
             }
+            Ask::Exchange {
+                cluster,
+                session,
+                conditions,
+            } => self
+                .exchange(cluster, session, conditions)
+                .map(Answer::Conditions),
             Ask::Planned { index } => {
                 let mut planned = self.planned.subscribe();
                 let seen = planned.wait_for(|planned| planned.seen >= index);
@@ -199,16 +216,38 @@ impl Lead {
     }
 
     fn renew(&self, cluster: Name, session: u64) -> Result<(), AskError> {
-        let current = self.replica.read(|base| {
-            base.clusters
-                .get(&cluster)
-                .is_some_and(|it| it.session == session && it.state == ClusterState::Ready)
-        });
-        if !current {
-            return Err(AskError::SessionOver { cluster, session });
-        }
+        self.check_session(&cluster, session)?;
         self.leases().renew(cluster, session, Instant::now());
         Ok(())
+    }
+
+    fn exchange(
+        &self,
+        cluster: Name,
+        session: u64,
+        conditions: Conditions,
+    ) -> Result<Conditions, AskError> {
+        self.check_session(&cluster, session)?;
+        let own = self
+            .replica
+            .read(|base| board::own(base, &cluster, conditions));
+        let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        board.put(cluster, own, Instant::now());
+        Ok(board.all())
+    }
+
+    fn check_session(&self, cluster: &Name, session: u64) -> Result<(), AskError> {
+        let is_current = self.replica.read(|base| {
+            base.clusters
+                .get(cluster)
+                .is_some_and(|it| it.session == session && it.state == ClusterState::Ready)
+        });
+        if is_current {
+            Ok(())
+        } else {
+            let cluster = cluster.clone();
+            Err(AskError::SessionOver { cluster, session })
+        }
     }
 
     /// Proposes, wherever the leader is.

@@ -14,6 +14,7 @@
 mod agents;
 mod api;
 pub mod authority;
+mod board;
 mod control;
 pub mod dial;
 mod door;
@@ -35,6 +36,7 @@ pub use crate::raft::{StartError, Timers};
 use crate::{
     agents::AgentDoor,
     authority::{AuthorityError, MeshFile},
+    board::Board,
     door::Door,
     lead::{Lead, Planned},
     leases::Leases,
@@ -182,6 +184,7 @@ pub async fn serve(
         timers: options.timers,
         election: election.clone(),
         leases: Leases::default().into(),
+        board: Board::default().into(),
         planned: watch::Sender::new(Planned::default()),
     });
     tracing::info!(name = options.name, listen = %options.listen, "lead started");

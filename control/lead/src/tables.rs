@@ -15,7 +15,7 @@ use control_core::{
     name::Name,
     table::{self, NodeTable},
 };
-use netmanager_api::table as wire;
+use netmanager_api::{conditions::Concern, table as wire};
 
 /// What one stream was sent last.
 #[derive(Debug, Default)]
@@ -23,6 +23,17 @@ pub(crate) struct Sent {
     assignments: Option<Assignments>,
     tables: BTreeMap<String, wire::Table>,
     seen: Option<(table::Revision, usize)>,
+}
+
+impl Sent {
+    /// What the cluster's tables name.
+    pub(crate) fn concern(&self) -> Concern {
+        let mut concern = Concern::default();
+        for table in self.tables.values() {
+            concern.add(table);
+        }
+        concern
+    }
 }
 
 /// What is new for `cluster` since `sent`; `sent` is brought up to date.
@@ -122,6 +133,7 @@ fn to_wire(table: NodeTable) -> wire::Table {
         node: wire::Node {
             number: table.number,
             blocks4: table.blocks4,
+            carbon_g_kwh: Some(table.carbon_g_kwh),
         },
         peers: table.peers.into_iter().map(peer_to_wire).collect(),
         services: table.services.into_iter().map(service_to_wire).collect(),
@@ -135,6 +147,7 @@ fn peer_to_wire(peer: table::Peer) -> wire::Peer {
         public_key: peer.public_key,
         endpoint: peer.endpoint,
         blocks4: peer.blocks4,
+        carbon_g_kwh: Some(peer.carbon_g_kwh),
     }
 }
 
@@ -185,7 +198,7 @@ fn service_to_wire(service: table::Service) -> wire::Service {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use control_core::{
@@ -196,7 +209,7 @@ mod tests {
 
     use super::*;
 
-    fn edge() -> Name {
+    pub(crate) fn edge() -> Name {
         "edge".parse().unwrap()
     }
 
@@ -209,7 +222,7 @@ mod tests {
         assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     }
 
-    fn report(base: &mut KnowledgeBase, nodes: &[&str], rtt_us: u32) {
+    pub(crate) fn report(base: &mut KnowledgeBase, nodes: &[&str], rtt_us: u32) {
         let node = |name: &&str| {
             let node = NodeReport {
                 ready: true,
@@ -239,7 +252,7 @@ mod tests {
         apply(base, command);
     }
 
-    fn base() -> KnowledgeBase {
+    pub(crate) fn base() -> KnowledgeBase {
         let mut base = KnowledgeBase::default();
         let mesh = Mesh {
             name: "demo".to_owned(),

@@ -3,6 +3,7 @@
 //! - [`cni`]: what the CNI plugin asks over the unix socket (one JSON request line, one JSON reply line);
 //! - [`observe`]: what `weft flows` and `weft trace` ask over another;
 //! - [`table`]: what a node must know, with its revision;
+//! - [`conditions`]: load and network coordinates, beside the table;
 //! - [`stream`]: what a node and its agent say to each other (feature `stream` adds the gRPC client and server,
 //!   [`codec`] and the certificates' roles, [`identity`]).
 //!
@@ -12,6 +13,7 @@
 pub mod cni;
 #[cfg(feature = "stream")]
 pub mod codec;
+pub mod conditions;
 #[cfg(feature = "stream")]
 pub mod identity;
 pub mod observe;

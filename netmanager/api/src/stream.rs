@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Revision, Table};
+use crate::{
+    conditions::{Conditions, Coordinate},
+    table::{Revision, Table},
+};
 
 /// Which instance of which service, in which life.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -86,6 +89,9 @@ pub struct Measured {
     pub reached: Vec<InstanceRef>,
     /// Established flows from this node's endpoints to each draining backend.
     pub draining_flows: Vec<DrainingFlows>,
+    /// Where the node is in the network; `None` before enough peers answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub coordinate: Option<Coordinate>,
 }
 
 /// Flows that a draining backend still has from one node.
@@ -103,6 +109,8 @@ pub struct DrainingFlows {
 pub enum ToNode {
     /// A newer table.
     Table(Box<Table>),
+    /// Load and coordinates of what the table names, complete.
+    Conditions(Conditions),
 }
 
 #[cfg(feature = "stream")]
@@ -123,6 +131,32 @@ pub use generated::{node_door_client::NodeDoorClient, node_door_server};
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conditions::{BackendLoad, NodePlace};
+
+    #[test]
+    fn every_message_of_an_agent_reads_back() {
+        let conditions = Conditions {
+            nodes: vec![NodePlace {
+                node: 7,
+                coordinate: Coordinate {
+                    at_us: [1, -2, 3],
+                    height_us: 4,
+                    error_permille: 1000,
+                },
+            }],
+            loads: vec![BackendLoad {
+                addr6: Ipv6Addr::LOCALHOST,
+                percent: 95,
+            }],
+        };
+        let message = ToNode::Conditions(conditions);
+        let text = serde_json::to_string(&message).unwrap();
+        assert_eq!(
+            serde_json::from_str::<ToNode>(&text).unwrap(),
+            message,
+            "{text}"
+        );
+    }
 
     #[test]
     fn every_message_of_a_node_reads_back() {
@@ -136,6 +170,11 @@ mod tests {
             unreachable: vec![3],
             reached: vec![instance.clone()],
             draining_flows: vec![DrainingFlows { instance, flows: 5 }],
+            coordinate: Some(Coordinate {
+                at_us: [-1, 0, 70_000],
+                height_us: 300,
+                error_permille: 120,
+            }),
         };
         let applied = FromNode::Applied {
             revision: Revision {

@@ -1,7 +1,8 @@
 //! The table: what one node must know to forward.
 //!
 //! A table is complete: a node makes its kernel match it and forgets what it does not name. User space on
-//! the node turns policies into slots; the table carries facts only (who is ready, where, how far).
+//! the node turns policies into slots; the table carries facts of the log only (who is ready, where, on what power);
+//! what changes all the time is in the [`conditions`](crate::conditions).
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -52,6 +53,9 @@ pub struct Node {
     pub number: u32,
     /// Its IPv4 blocks, each a /27; the node gives addresses out of them.
     pub blocks4: Vec<Ipv4Net>,
+    /// Carbon intensity of its cluster's power, gCO2e/kWh; `None` where it is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carbon_g_kwh: Option<u32>,
 }
 
 /// Another node.
@@ -67,6 +71,9 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// Its IPv4 blocks.
     pub blocks4: Vec<Ipv4Net>,
+    /// Carbon intensity of its cluster's power, gCO2e/kWh; `None` where it is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carbon_g_kwh: Option<u32>,
 }
 
 /// A service that may be called from this node.

@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, fmt::Debug, path::Path};
 use ebpf_common::addr::Policy;
 use netmanager_api::{
     cni::{AttachmentKey, PodRef, Refused, Reply, Request, Reserve, Reserved},
+    conditions::{BackendLoad, Conditions, Coordinate, NodePlace},
     observe::{
         Backend as TraceBackend, Filter, FlowEvent, FlowsRequest, Outcome, Place, Request as Ask,
         Said, Trace, TraceRequest, Verdict, Way,
@@ -33,6 +34,14 @@ fn golden<T: Serialize + DeserializeOwned + PartialEq + Debug>(name: &str, value
     let file = std::fs::read_to_string(path).unwrap();
     let (_, json) = file.trim_start_matches("---").split_once("---\n").unwrap();
     assert_eq!(&serde_json::from_str::<T>(json).unwrap(), value, "{name}");
+}
+
+fn coordinate() -> Coordinate {
+    Coordinate {
+        at_us: [12_000, -3_400, 0],
+        height_us: 350,
+        error_permille: 120,
+    }
 }
 
 fn revision() -> Revision {
@@ -78,6 +87,7 @@ fn the_table_is_written_as_before() {
         node: Node {
             number: 1,
             blocks4: vec!["10.16.0.0/27".parse().unwrap()],
+            carbon_g_kwh: Some(48),
         },
         peers: vec![Peer {
             number: 2,
@@ -85,6 +95,7 @@ fn the_table_is_written_as_before() {
             public_key: "Wj4gsBNB90G2bCA2ZVEYEELeo32xPomW9L6T/uKuyFg=".into(),
             endpoint: Some("192.0.2.2:27460".parse().unwrap()),
             blocks4: vec!["10.16.0.32/27".parse().unwrap()],
+            carbon_g_kwh: Some(48),
         }],
         services: vec![Service {
             name: "shop/bookinfo/reviews".into(),
@@ -125,6 +136,17 @@ fn the_table_is_written_as_before() {
         }],
     };
     golden("to_node_table", &ToNode::Table(Box::new(table)));
+    let conditions = Conditions {
+        nodes: vec![NodePlace {
+            node: 2,
+            coordinate: coordinate(),
+        }],
+        loads: vec![BackendLoad {
+            addr6: "fd12:3456:789a::2:0:7".parse().unwrap(),
+            percent: 85,
+        }],
+    };
+    golden("to_node_conditions", &ToNode::Conditions(conditions));
 }
 
 #[test]
@@ -167,6 +189,7 @@ fn what_a_node_says_is_written_as_before() {
                 instance: instance(),
                 flows: 12,
             }],
+            coordinate: Some(coordinate()),
         }),
     );
 }

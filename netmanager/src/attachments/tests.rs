@@ -15,6 +15,7 @@ fn table(blocks4: &[&str]) -> Table {
         node: Node {
             number: 9,
             blocks4: blocks4.iter().map(|block| block.parse().unwrap()).collect(),
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: Vec::new(),

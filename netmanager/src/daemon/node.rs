@@ -8,6 +8,7 @@ use std::{
 };
 
 use netmanager_api::{
+    conditions::Coordinate,
     stream::InstanceRef,
     table::{Revision, Table},
 };
@@ -15,8 +16,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DaemonError, Settings, monotonic, paths::Paths, prefixes::without_ipv4, tunnels::Carrier,
-    wall_ms,
+    DaemonError, Settings, conditions::Told, monotonic, paths::Paths, prefixes::without_ipv4,
+    tunnels::Carrier, wall_ms,
 };
 use crate::{
     attachments::{AttachError, Attachments},
@@ -81,6 +82,10 @@ pub(super) struct Node {
     endpoint: Option<NodeEndpoint>,
     pub(super) sight: Sight,
     pub(super) reached: BTreeSet<InstanceRef>,
+    /// Where this node is in the network.
+    pub(super) coordinate: Option<Coordinate>,
+    /// What the agent said of the others.
+    pub(super) told: Told,
     pub(super) probes: Option<(Probes, watch::Receiver<Observed>)>,
     pub(super) paths: Paths,
     pub(super) janitor: Janitor<FlowTable>,
@@ -162,6 +167,8 @@ impl Node {
             endpoint: None,
             sight: parts.store.load(SIGHT_FILE)?.unwrap_or_default(),
             reached: BTreeSet::new(),
+            coordinate: None,
+            told: Told::default(),
             probes: None,
             paths: Paths::new(parts.datapath.peers()?)?,
             books: Books::new(accounts.settled()?),
@@ -291,11 +298,12 @@ impl Node {
             let answers = !observed.unreachable.contains(node);
             tracing::info!(node, answers, "a peer changed");
         }
-        self.sight = Sight {
-            rtt_us: observed.rtt_us,
-            unreachable: observed.unreachable,
-        };
+        self.sight.rtt_us = observed.rtt_us;
+        self.sight.unreachable = observed.unreachable;
         self.reached = observed.reached;
+        self.coordinate = observed.coordinate;
+        self.told
+            .show(self.coordinate.as_ref(), &mut self.sight, monotonic());
         self.reconcile().await;
     }
 
@@ -303,6 +311,7 @@ impl Node {
     pub(super) async fn tick(&mut self) {
         self.ticks += 1;
         self.sweep();
+        self.age().await;
         let is_resync = self.ticks.is_multiple_of(RESYNC_TICKS);
         if is_resync {
             self.endpoint = None;

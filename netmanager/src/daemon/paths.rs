@@ -108,6 +108,7 @@ mod tests {
                 format!("10.16.{number}.32/27").parse().unwrap(),
                 format!("10.16.{number}.64/27").parse().unwrap(),
             ],
+            carbon_g_kwh: None,
         });
         let table = Table {
             revision: table::Revision {
@@ -122,6 +123,7 @@ mod tests {
             node: table::Node {
                 number: 1,
                 blocks4: Vec::new(),
+                carbon_g_kwh: None,
             },
             peers: peers.into(),
             services: Vec::new(),

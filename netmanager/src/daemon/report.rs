@@ -1,6 +1,9 @@
 //! What is said of the node: flows to draining backends, round-trip times, reached backends, endpoints.
 
-use std::{collections::BTreeMap, net::SocketAddrV6};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddrV6,
+};
 
 use ebpf_common::{addr::Mesh6, layout::Addr};
 use netmanager_api::{
@@ -11,7 +14,7 @@ use netmanager_api::{
 use super::node::Node;
 use crate::{
     follow::{Outbox, chain},
-    probe::{Probes, Targets, reach::ReachBy},
+    probe::{Probes, Targets, reach::ReachBy, rtt::Interest},
 };
 
 impl Node {
@@ -42,8 +45,21 @@ impl Node {
                 }
             }
         }
+        let services = table.services.iter();
+        let backends = services.flat_map(|service| &service.backends);
+        let in_use: BTreeSet<u32> = backends.map(|backend| backend.node).collect();
+        let interest = |number: u32| {
+            if in_use.contains(&number) {
+                Interest::InUse
+            } else {
+                Interest::Known
+            }
+        };
+        let peers = table.peers.iter();
         probes.set(Targets {
-            nodes: table.peers.iter().map(|peer| peer.number).collect(),
+            nodes: peers
+                .map(|peer| (peer.number, interest(peer.number)))
+                .collect(),
             reach,
         });
     }
@@ -96,6 +112,7 @@ impl Node {
             unreachable: self.sight.unreachable.iter().copied().collect(),
             reached: self.reached.iter().cloned().collect(),
             draining_flows,
+            coordinate: self.coordinate,
         };
         let hello = self.hello();
         let endpoints = self.attachments.endpoints();

@@ -1,7 +1,7 @@
 //! From the pieces of a table to the entries of the maps.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     net::{Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -12,7 +12,7 @@ use ebpf_common::layout::{
 };
 use netmanager_api::table::{self, BackendState, Protocol, Table};
 
-use crate::policy::{self, Candidate, Sight, Wanted};
+use crate::policy::{self, Candidate, Chosen, Sight, View, Wanted};
 
 /// What the desired state is made of.
 #[derive(Clone, Copy, Debug)]
@@ -145,35 +145,49 @@ pub(super) fn backend(backend: &table::Backend) -> Option<layout::Backend> {
     })
 }
 
-/// The addresses of a VIP, each with the backend indexes of its run. `near` is what `closest` remembers.
+/// The carbon intensity of each node's power, where the table says it.
+pub(super) fn carbon(table: &Table) -> BTreeMap<u32, u32> {
+    let own = (table.node.number, table.node.carbon_g_kwh);
+    let peers = table.peers.iter();
+    peers
+        .map(|peer| (peer.number, peer.carbon_g_kwh))
+        .chain([own])
+        .filter_map(|(number, carbon)| Some((number, carbon?)))
+        .collect()
+}
+
+/// The addresses of a VIP, each with the backend indexes of its run. `chosen` is what the policies remember.
 pub(super) fn families(
     vip: &table::Vip,
     candidates: &[(Candidate, bool)],
     inputs: &Inputs<'_>,
-    near: &mut BTreeSet<u32>,
+    chosen: &mut Chosen,
 ) -> Vec<(Addr, Vec<u32>)> {
     let wanted = Wanted {
         policy: vip.policy.0,
         instance: vip.instance,
     };
-    let here = inputs.table.node.number;
-    let slots = |choose: &dyn Fn(bool) -> bool, near: &mut BTreeSet<u32>| {
-        let chosen: Vec<Candidate> = candidates
+    let view = View {
+        here: inputs.table.node.number,
+        sight: inputs.sight,
+    };
+    let slots = |choose: &dyn Fn(bool) -> bool, chosen: &mut Chosen| {
+        let candidates: Vec<Candidate> = candidates
             .iter()
             .filter(|(_, has4)| choose(*has4))
             .map(|(candidate, _)| *candidate)
             .collect();
-        policy::slots(wanted, &chosen, here, inputs.sight, near)
+        policy::slots(wanted, &candidates, view, chosen)
     };
-    let slots6 = slots(&|_| true, near);
+    let slots6 = slots(&|_| true, chosen);
     let Some(address) = vip.addr4 else {
         return vec![(addr(vip.addr6), slots6)];
     };
     let slots4 = if candidates.iter().all(|(_, has4)| *has4) {
         slots6.clone()
     } else {
-        // IPv4 follows the band that IPv6 chose; its own must not widen or narrow it.
-        slots(&|has4| has4, &mut near.clone())
+        // IPv4 follows what IPv6 chose and changes nothing of it.
+        slots(&|has4| has4, &mut chosen.clone())
     };
     vec![
         (addr(vip.addr6), slots6),

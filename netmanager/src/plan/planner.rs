@@ -16,10 +16,7 @@ use std::{
     time::Duration,
 };
 
-use ebpf_common::{
-    addr::Policy,
-    layout::{self, Addr, VipKey},
-};
+use ebpf_common::layout::{self, Addr, VipKey};
 use netmanager_api::table::{Service, Table};
 
 use super::{
@@ -30,7 +27,7 @@ use super::{
     indexes::Indexes,
     runs::Runs,
 };
-use crate::policy::{Candidate, Sight};
+use crate::policy::{self, Candidate, Chosen, Follows, Sight};
 
 /// How much the maps hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +97,8 @@ pub struct Planner {
     services: BTreeMap<u32, Planned>,
     /// What was planned last.
     last: Option<(Arc<Table>, Sight)>,
+    /// Carbon intensity of each node's power, gCO2e/kWh, as the last table says.
+    carbon: BTreeMap<u32, u32>,
 }
 
 /// What a service has in the maps.
@@ -110,8 +109,8 @@ struct Planned {
     vips: BTreeSet<VipKey>,
     runs: BTreeSet<u32>,
     backends: BTreeSet<u32>,
-    /// What `closest` chose last.
-    near: BTreeSet<u32>,
+    /// What its policies chose last.
+    chosen: Chosen,
     /// Something found no room: it is planned again.
     is_short: bool,
 }
@@ -156,6 +155,7 @@ impl Planner {
             touched: Some(Touched::default()),
             services,
             last: None,
+            carbon: BTreeMap::new(),
         }
     }
 
@@ -192,10 +192,15 @@ impl Planner {
         self.want.config = Some(desired::config(inputs));
         self.plan_endpoints(inputs);
         let last = self.last.take();
-        let moved = match &last {
+        let mut moved = match &last {
             Some((_, sight)) => Moved::between(sight, inputs.sight),
             None => Moved::default(),
         };
+        let carbon = desired::carbon(inputs.table);
+        super::merge(&self.carbon, &carbon, |node, _, _| {
+            moved.carbon.insert(*node);
+        });
+        self.carbon = carbon;
         let is_same_node =
             matches!(&last, Some((table, _)) if table.node.number == inputs.table.node.number);
         let mut before = std::mem::take(&mut self.services);
@@ -293,12 +298,17 @@ impl Planner {
         planned: &mut Planned,
         now: Duration,
     ) -> Option<Shortage> {
-        let (candidates, mut shortage) = self.hold_backends(service, planned, now);
+        let (mut candidates, mut shortage) = self.hold_backends(service, planned, now);
+        for (candidate, _) in &mut candidates {
+            candidate.load = inputs.sight.load.get(&candidate.identity).copied();
+            candidate.carbon_g_kwh = self.carbon.get(&candidate.node).copied();
+        }
         let mut vips = BTreeSet::new();
         let mut runs = BTreeSet::new();
         for vip in &service.vips {
             let counter = self.counters.hold(desired::addr(vip.addr6));
-            for (address, slots) in desired::families(vip, &candidates, inputs, &mut planned.near) {
+            for (address, slots) in desired::families(vip, &candidates, inputs, &mut planned.chosen)
+            {
                 let (slot_count, length) = (slots.len() as u32, slots.len() as u32);
                 let base = self.run(slots, &planned.runs, &runs);
                 let Some(slot_base) = base else {
@@ -385,6 +395,7 @@ impl Planner {
                     instance: backend.instance,
                     epoch: backend.epoch,
                     node: backend.node,
+                    ..Candidate::default()
                 };
                 candidates.insert(candidate.identity, (candidate, backend.addr4.is_some()));
             }
@@ -522,13 +533,17 @@ impl Planner {
     }
 }
 
-/// The nodes that are seen otherwise than before.
+/// The nodes and backends that are seen otherwise than before.
 #[derive(Debug, Default)]
 struct Moved {
     /// They began or ceased to answer.
     reach: BTreeSet<u32>,
     /// They are nearer or farther.
     distance: BTreeSet<u32>,
+    /// Their power is another.
+    carbon: BTreeSet<u32>,
+    /// Backends that are loaded more or less, and all that have a load when another round began.
+    load: BTreeSet<u128>,
 }
 
 impl Moved {
@@ -539,27 +554,42 @@ impl Moved {
                 .symmetric_difference(&now.unreachable)
                 .copied()
                 .collect(),
-            distance: BTreeSet::new(),
+            ..Self::default()
         };
-        super::merge(&before.rtt_us, &now.rtt_us, |node, _, _| {
-            moved.distance.insert(*node);
+        for (before, now) in [
+            (&before.rtt_us, &now.rtt_us),
+            (&before.estimated_us, &now.estimated_us),
+        ] {
+            super::merge(before, now, |node, _, _| {
+                moved.distance.insert(*node);
+            });
+        }
+        super::merge(&before.load, &now.load, |identity, _, _| {
+            moved.load.insert(*identity);
         });
+        if before.round != now.round {
+            moved.load.extend(now.load.keys());
+        }
         moved
     }
 
     /// Whether this may change where a service's flows go.
     fn concerns(&self, service: &Service) -> bool {
-        let by_distance = !self.distance.is_empty()
-            && service.vips.iter().any(|vip| {
-                !matches!(
-                    vip.policy.0,
-                    Policy::Balanced | Policy::Sticky | Policy::Instance
-                )
-            });
-        (by_distance || !self.reach.is_empty())
+        let follows = service
+            .vips
+            .iter()
+            .map(|vip| policy::follows(vip.policy.0))
+            .fold(Follows::default(), Follows::or);
+        let is_any = !self.reach.is_empty()
+            || follows.distance && !self.distance.is_empty()
+            || follows.carbon && !self.carbon.is_empty()
+            || follows.load && !self.load.is_empty();
+        is_any
             && service.backends.iter().any(|backend| {
                 self.reach.contains(&backend.node)
-                    || by_distance && self.distance.contains(&backend.node)
+                    || follows.distance && self.distance.contains(&backend.node)
+                    || follows.carbon && self.carbon.contains(&backend.node)
+                    || follows.load && self.load.contains(&backend.addr6.to_bits())
             })
     }
 }

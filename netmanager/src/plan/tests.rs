@@ -60,6 +60,7 @@ fn table(backends: Vec<table::Backend>) -> Table {
         node: table::Node {
             number: 1,
             blocks4: vec!["10.16.0.0/27".parse().unwrap()],
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: vec![table::Service {
@@ -577,4 +578,70 @@ fn only_what_changed_is_written() {
         planner.writes().len() > writes.len(),
         "all of it is looked at"
     );
+}
+
+#[test]
+fn a_service_is_planned_anew_where_what_its_policy_follows_changed() {
+    let on = |node, instance| table::Backend {
+        node,
+        ..backend(instance, BackendState::Ready)
+    };
+    let with = |policy, carbon| {
+        let mut table = table(vec![on(2, 0), on(3, 1)]);
+        table.services[0].vips[0].policy = PolicyName(policy);
+        table.peers = [(2, 100), (3, carbon)]
+            .map(|(number, carbon)| table::Peer {
+                number,
+                name: format!("c/n{number}"),
+                public_key: String::new(),
+                endpoint: None,
+                blocks4: Vec::new(),
+                carbon_g_kwh: Some(carbon),
+            })
+            .into();
+        table
+    };
+    let loaded = Sight {
+        load: [(on(2, 0).addr6.to_bits(), 90)].into(),
+        ..Sight::default()
+    };
+    let weighed = Sight {
+        load: [(on(2, 0), 90), (on(3, 1), 20)]
+            .map(|(backend, load)| (backend.addr6.to_bits(), load))
+            .into(),
+        round: 1,
+        ..Sight::default()
+    };
+    let estimated = Sight {
+        estimated_us: [(2, 1_000), (3, 30_000)].into(),
+        ..Sight::default()
+    };
+    let nothing = Sight::default();
+    for (policy, follows) in [
+        (Policy::Balanced, [false, false, false, false]),
+        (Policy::Closest, [false, false, true, false]),
+        (Policy::LeastLoaded, [false, true, false, false]),
+        (Policy::Greenest, [false, false, false, true]),
+    ] {
+        let changes = [
+            (&loaded, 100),
+            (&weighed, 100),
+            (&estimated, 100),
+            (&nothing, 50),
+        ];
+        for ((sight, carbon), follows) in changes.into_iter().zip(follows) {
+            let mut planner = planner(Capacity {
+                slots: 1024,
+                ..CAPACITY
+            });
+            plan(&with(policy, 100), &mut planner, NOW).unwrap();
+            plan_seen(&with(policy, carbon), sight, &mut planner, NOW).unwrap();
+            let writes = planner.writes();
+            assert_eq!(
+                !writes.is_empty(),
+                follows,
+                "{policy:?}: {sight:?} {carbon}"
+            );
+        }
+    }
 }

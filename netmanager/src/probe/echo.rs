@@ -1,53 +1,77 @@
 //! The echo between node endpoints: its message.
 //!
 //! ```text
-//! | 4: "WEFT" | 1: version | 1: 1 question, 2 answer | 2: zero | 8: sequence |   16 bytes over UDP
+//! | 4: "WEFT" | 1: version | 1: 1 question, 2 answer | 2: error, permille | 8: sequence | 3 * 4: place, us | 4: height, us |
 //! ```
 //!
-//! An answer is as long as its question, goes to the port it came from and only to a node endpoint of the
-//! mesh, so the echo amplifies nothing and answers no pod.
+//! 32 bytes over UDP, in network byte order. Place, height and error are the sender's network coordinate, which
+//! an answer brings along for [`coordinate`](super::coordinate). An answer is as long as its question, goes to the
+//! port it came from and only to a node endpoint of the mesh, so the echo amplifies nothing and answers no pod.
 
 use std::net::{IpAddr, SocketAddr};
 
 use ebpf_common::addr::{Mesh6, NODE_ENDPOINT, Name6};
+use netmanager_api::conditions::Coordinate;
 
 /// UDP port of the echo on every node endpoint (the letters of Weft on a telephone).
 pub const ECHO_PORT: u16 = 9338;
 /// Length of a message.
-pub(super) const LEN: usize = 16;
+pub(super) const LEN: usize = 32;
 const MAGIC: [u8; 4] = *b"WEFT";
-const VERSION: u8 = 1;
+/// 1 had no coordinate.
+const VERSION: u8 = 2;
 
 /// A question or its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Echo {
-    Ask { sequence: u64 },
-    Answer { sequence: u64 },
+pub(super) struct Echo {
+    pub(super) kind: Kind,
+    pub(super) sequence: u64,
+    /// Where the sender is.
+    pub(super) from: Coordinate,
+}
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Ask,
+    Answer,
 }
 
 impl Echo {
     pub(super) fn encode(self) -> [u8; LEN] {
-        let (kind, sequence) = match self {
-            Self::Ask { sequence } => (1, sequence),
-            Self::Answer { sequence } => (2, sequence),
-        };
         let mut bytes = [0; LEN];
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4] = VERSION;
-        bytes[5] = kind;
-        bytes[8..].copy_from_slice(&sequence.to_be_bytes());
+        bytes[5] = match self.kind {
+            Kind::Ask => 1,
+            Kind::Answer => 2,
+        };
+        bytes[6..8].copy_from_slice(&self.from.error_permille.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.sequence.to_be_bytes());
+        for (place, axis) in bytes[16..28].chunks_mut(4).zip(self.from.at_us) {
+            place.copy_from_slice(&axis.to_be_bytes());
+        }
+        bytes[28..].copy_from_slice(&self.from.height_us.to_be_bytes());
         bytes
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; LEN] = bytes.try_into().ok()?;
-        let (head, tail) = bytes.split_first_chunk::<8>()?;
-        let sequence = u64::from_be_bytes(tail.try_into().ok()?);
-        match head {
-            [b'W', b'E', b'F', b'T', VERSION, 1, 0, 0] => Some(Self::Ask { sequence }),
-            [b'W', b'E', b'F', b'T', VERSION, 2, 0, 0] => Some(Self::Answer { sequence }),
-            _ => None,
-        }
+        let kind = match bytes[..6] {
+            [b'W', b'E', b'F', b'T', VERSION, 1] => Kind::Ask,
+            [b'W', b'E', b'F', b'T', VERSION, 2] => Kind::Answer,
+            _ => return None,
+        };
+        let word = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+        Some(Self {
+            kind,
+            sequence: u64::from_be_bytes(bytes[8..16].try_into().ok()?),
+            from: Coordinate {
+                at_us: [16, 20, 24].map(|at| i32::from_be_bytes(word(at))),
+                height_us: u32::from_be_bytes(word(28)),
+                error_permille: u16::from_be_bytes([bytes[6], bytes[7]]),
+            },
+        })
     }
 }
 
@@ -71,16 +95,25 @@ mod tests {
 
     #[test]
     fn a_message_survives_its_bytes_and_others_are_refused() {
-        for echo in [
-            Echo::Ask { sequence: 0 },
-            Echo::Answer {
-                sequence: u64::MAX - 1,
+        let ask = Echo {
+            kind: Kind::Ask,
+            sequence: 5,
+            from: Coordinate {
+                at_us: [i32::MIN, -1, 70_000],
+                height_us: 900,
+                error_permille: 1_000,
             },
-        ] {
+        };
+        let answer = Echo {
+            kind: Kind::Answer,
+            sequence: u64::MAX - 1,
+            ..ask
+        };
+        for echo in [ask, answer] {
             assert_eq!(Echo::decode(&echo.encode()), Some(echo));
         }
-        let good = Echo::Ask { sequence: 5 }.encode();
-        for at in 0..8 {
+        let good = ask.encode();
+        for at in 0..6 {
             let mut bad = good;
             bad[at] ^= 0x80;
             assert_eq!(Echo::decode(&bad), None, "byte {at}");

@@ -70,6 +70,7 @@ pub(crate) fn table_of(number: u32, index: u64, backends: Vec<Backend>) -> Table
         node: TableNode {
             number,
             blocks4: vec![block4(number)],
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: vec![Service {
@@ -201,7 +202,7 @@ impl Node {
         let sizes = [
             ["--flows", "4096"],
             ["--backends", "256"],
-            ["--slots", "4096"],
+            ["--slots", "65536"],
             ["--vips", "256"],
         ];
         let is_given = |option: &str| self.args.iter().any(|arg| arg == option);

@@ -23,15 +23,21 @@ use super::{
     machine::{Node, SOON, VIP4, table},
 };
 
-struct Followed {
-    node: Node,
+/// A node that follows an agent, which is the test.
+pub(crate) struct Followed {
+    pub(crate) node: Node,
     agent: Agent,
     runtime: Runtime,
     _authority: Authority,
 }
 
 impl Followed {
-    fn start(label: &str) -> Self {
+    pub(crate) fn start(label: &str) -> Self {
+        Self::start_with(label, |_| {})
+    }
+
+    /// The same; `prepare` works before the daemon runs.
+    pub(crate) fn start_with(label: &str, prepare: impl FnOnce(&Node)) -> Self {
         let authority = Authority::new();
         let netns = Netns::new(label).unwrap();
         let runtime = Builder::new_multi_thread()
@@ -46,6 +52,7 @@ impl Followed {
         let address = agent.address.to_string();
         let args = ["--agent", &address, "--credentials", &credentials];
         let mut node = Node::prepare_in(netns, 1, &args);
+        prepare(&node);
         node.run();
         Self {
             node,
@@ -56,7 +63,12 @@ impl Followed {
     }
 
     fn tell(&self, table: Table) {
-        let told = self.agent.tell.send(Ok(ToNode::Table(Box::new(table))));
+        self.say(ToNode::Table(Box::new(table)));
+    }
+
+    /// Says something to the node.
+    pub(crate) fn say(&self, word: ToNode) {
+        let told = self.agent.tell.send(Ok(word));
         self.runtime.block_on(told).unwrap();
     }
 
@@ -78,7 +90,7 @@ impl Followed {
     }
 
     /// Tells a table and waits until the kernel matches it.
-    fn apply(&mut self, table: Table) {
+    pub(crate) fn apply(&mut self, table: Table) {
         let revision = table.revision;
         self.tell(table);
         self.hear(|word| (word == FromNode::Applied { revision }).then_some(()));

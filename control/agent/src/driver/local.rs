@@ -6,7 +6,7 @@
 //!                             |                                    pod.rs     folder, namespaces, hosts file
 //!                             '-- statuses <-- publish             cni.rs     the plugin, inside the node
 //!                                                                  process.rs start, look, signal
-//!                                                                  cgroup.rs  share and limit
+//!                                                                  cgroup.rs  share, limit and use
 //! ```
 //!
 //! A node is a network namespace of this machine, or the machine's own. Instances outlive the agent: all that
@@ -303,6 +303,20 @@ impl Driver for LocalDriver {
                 .statuses
                 .send_if_modified(|statuses| statuses.remove(id).is_some());
         }
+    }
+
+    fn used(&self) -> BTreeMap<InstanceId, Duration> {
+        let statuses = self.shared.statuses.borrow().clone();
+        let serving = statuses
+            .into_iter()
+            .filter(|(_, status)| status.state == State::Serving);
+        serving
+            .filter_map(|(id, _)| {
+                let pod = Pod::of(&self.shared.pods, &id).ok()?;
+                let used = self.shared.cgroups.used(pod.name())?;
+                Some((id, used))
+            })
+            .collect()
     }
 
     fn statuses(&self) -> watch::Receiver<Statuses> {

@@ -121,6 +121,7 @@ fn a_node_passes_on_what_it_measured_without_the_noise() {
                 instance: instance.clone(),
                 flows,
             }],
+            coordinate: None,
         })
     };
     node.said(1, measured(20_000, 250), now);

@@ -1,9 +1,10 @@
 //! The agent's neighbours: a lead, a node and a driver that do what the test says.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use control_api::stream::{
@@ -17,6 +18,7 @@ use control_core::{
 use futures::StreamExt;
 use hyper_util::rt::TokioIo;
 use netmanager_api::{
+    conditions::Conditions,
     identity::{Credentials, Role, SERVER_NAME},
     stream::{self, FromNode, NodeDoorClient, ToNode},
     table::Revision,
@@ -94,7 +96,7 @@ impl AgentStream {
                 says.try_send(Ok(ToAgent::Renewed { sequence })).ok();
                 None
             }
-            FromAgent::Hello(_) => None,
+            FromAgent::Hello(_) | FromAgent::Conditions(_) => None,
         })
         .await
     }
@@ -229,11 +231,32 @@ impl FakeNode {
         self.says.send(message).await.expect("the stream is up");
     }
 
+    /// The next conditions for which `pick` has something.
+    pub(crate) async fn conditions<T>(
+        &mut self,
+        mut pick: impl FnMut(&Conditions) -> Option<T>,
+    ) -> T {
+        soon("conditions", async {
+            loop {
+                let word = self.hears.next().await.expect("the stream is up");
+                if let Ok(ToNode::Conditions(conditions)) = word
+                    && let Some(found) = pick(&conditions)
+                {
+                    return found;
+                }
+            }
+        })
+        .await
+    }
+
     /// The revision of the next table; `None` when the stream ended.
     pub(crate) async fn table(&mut self) -> Option<Revision> {
-        match soon("a table", self.hears.next()).await? {
-            Ok(ToNode::Table(table)) => Some(table.revision),
-            Err(_) => None,
+        loop {
+            match soon("a table", self.hears.next()).await? {
+                Ok(ToNode::Table(table)) => return Some(table.revision),
+                Ok(ToNode::Conditions(_)) => {}
+                Err(_) => return None,
+            }
         }
     }
 }
@@ -251,6 +274,8 @@ pub(crate) enum Told {
 pub(crate) struct FakeDriver {
     told: Arc<Mutex<Vec<Told>>>,
     statuses: watch::Sender<Statuses>,
+    /// Since when every serving instance uses half a processor.
+    began: Instant,
 }
 
 impl FakeDriver {
@@ -258,6 +283,7 @@ impl FakeDriver {
         Self {
             told: Arc::default(),
             statuses: watch::Sender::new(Statuses::new()),
+            began: Instant::now(),
         }
     }
 
@@ -319,6 +345,16 @@ impl Driver for FakeDriver {
         self.statuses.send_modify(|statuses| {
             statuses.remove(id);
         });
+    }
+
+    fn used(&self) -> BTreeMap<InstanceId, Duration> {
+        let statuses = self.statuses.borrow();
+        let serving = statuses
+            .iter()
+            .filter(|(_, status)| status.state == State::Serving);
+        serving
+            .map(|(id, _)| (id.clone(), self.began.elapsed() / 2))
+            .collect()
     }
 
     fn statuses(&self) -> watch::Receiver<Statuses> {

@@ -4,7 +4,12 @@
 mod authority;
 mod fake;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use control_api::stream::{Assignments, FromAgent, ToAgent};
 use control_core::{
@@ -13,8 +18,9 @@ use control_core::{
     report::{InstanceId, Phase, Report},
 };
 use netmanager_api::{
+    conditions::{Conditions, Coordinate, NodePlace},
     stream::{Endpoint, FromNode, InstanceRef, Measured},
-    table::{Mesh, Node, Revision, Table},
+    table::{Mesh, Node, Peer, Revision, Table},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -130,6 +136,7 @@ fn tables(index: u64) -> ToAgent {
         node: Node {
             number,
             blocks4: Vec::new(),
+            carbon_g_kwh: None,
         },
         peers: Vec::new(),
         services: Vec::new(),
@@ -138,6 +145,34 @@ fn tables(index: u64) -> ToAgent {
         ("n1".to_owned(), table(1)),
         ("n2".to_owned(), table(2)),
     ]))
+}
+
+/// The same for n1, with node 9 as a peer.
+fn table_with_a_peer(index: u64) -> ToAgent {
+    let ToAgent::Tables(mut tables) = tables(index) else {
+        unreachable!("tables are tables");
+    };
+    tables.retain(|node, _| node == "n1");
+    for table in tables.values_mut() {
+        table.peers.push(Peer {
+            number: 9,
+            name: "fog/n1".to_owned(),
+            public_key: "key".to_owned(),
+            endpoint: None,
+            blocks4: Vec::new(),
+            carbon_g_kwh: None,
+        });
+    }
+    ToAgent::Tables(tables)
+}
+
+fn place(node: u32, far: i32) -> NodePlace {
+    let coordinate = Coordinate {
+        at_us: [far, 0, 0],
+        height_us: 50,
+        error_permille: 100,
+    };
+    NodePlace { node, coordinate }
 }
 
 fn revision(index: u64) -> Revision {
@@ -231,6 +266,56 @@ async fn an_instance_goes_from_its_order_to_ready_and_to_stopped() {
             Told::Forget(id(1)),
         ]
     );
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn load_and_places_go_to_the_lead_and_those_of_its_peers_to_a_node() {
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let (mut stream, mut node) =
+        bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
+    stream.say(table_with_a_peer(12)).await;
+    assert_eq!(node.table().await, Some(revision(12)));
+    let own = place(1, 7_000);
+    let measured = FromNode::Measured(Measured {
+        coordinate: Some(own.coordinate),
+        ..Measured::default()
+    });
+    let speaks = node.says.clone();
+    let speaking = tokio::spawn(async move {
+        let mut second_passes = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            second_passes.tick().await;
+            if speaks.send(measured.clone()).await.is_err() {
+                return;
+            }
+        }
+    });
+    let told = stream.next("load and place", |message| match message {
+        FromAgent::Conditions(told) if !told.loads.is_empty() && !told.nodes.is_empty() => {
+            Some(told)
+        }
+        _ => None,
+    });
+    let told = told.await;
+    assert_eq!(told.nodes, [own]);
+    assert_eq!(
+        told.loads[0].addr6,
+        "fd00:1:2::2".parse::<Ipv6Addr>().unwrap()
+    );
+    // Half a processor of the 0.6 that it asked for.
+    assert!((75..=95).contains(&told.loads[0].percent), "{told:?}");
+    let mesh = Conditions {
+        nodes: vec![place(8, 1_000), place(9, 2_000)],
+        ..told
+    };
+    stream.say(ToAgent::Conditions(mesh)).await;
+    let heard = node.conditions(|heard| (!heard.nodes.is_empty()).then(|| heard.nodes.clone()));
+    assert_eq!(heard.await, [place(9, 2_000)], "what its table names");
+    speaking.abort();
     agent.end().await;
 }
 

@@ -1,8 +1,11 @@
 //! Commands about the mesh, its clusters and their nodes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv6Addr,
+};
 
-use ebpf_common::addr::{BLOCK4_LEN, BLOCK4_SIZE, Mesh4, Mesh6, Name4};
+use ebpf_common::addr::{BLOCK4_LEN, BLOCK4_SIZE, Mesh4, Mesh6, Name4, Name6};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
@@ -36,6 +39,15 @@ impl Mesh {
     pub fn space4(&self) -> Option<Mesh4> {
         let prefix = self.prefix4?;
         Mesh4::new(prefix.addr().to_bits(), prefix.prefix_len())
+    }
+
+    /// The number of the node that an endpoint's IPv6 address is on; `None` for any other address.
+    #[must_use]
+    pub fn node_of(&self, addr6: Ipv6Addr) -> Option<u32> {
+        match self.space6()?.decode(addr6.to_bits()) {
+            Some(Name6::Endpoint { node, .. }) => Some(node),
+            _ => None,
+        }
     }
 
     /// A /27 block by its number.

@@ -13,7 +13,10 @@ use control_core::{
     },
 };
 use http::StatusCode;
-use netmanager_api::table::Table;
+use netmanager_api::{
+    conditions::{BackendLoad, Conditions, Coordinate, NodePlace},
+    table::Table,
+};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
@@ -81,6 +84,7 @@ struct TestAgent {
     tables: BTreeMap<String, Table>,
     assignments: Assignments,
     renewed: u64,
+    conditions: Conditions,
 }
 
 impl TestAgent {
@@ -99,7 +103,11 @@ impl TestAgent {
             version: "test".to_owned(),
         };
         outbound.send(FromAgent::Hello(hello)).await.unwrap();
-        let mut client = LeadDoorClient::new(mesh.channel("agent", lead));
+        let credentials = match cluster {
+            "fog" => "agent-fog",
+            _ => "agent",
+        };
+        let mut client = LeadDoorClient::new(mesh.channel(credentials, lead));
         let answer = client.follow(ReceiverStream::new(messages)).await?;
         let mut agent = Self {
             outbound,
@@ -107,6 +115,7 @@ impl TestAgent {
             tables: BTreeMap::new(),
             assignments: Assignments::default(),
             renewed: 0,
+            conditions: Conditions::default(),
         };
         match agent.inbound.message().await? {
             Some(ToAgent::Welcome(welcome)) => Ok((agent, welcome)),
@@ -128,6 +137,7 @@ impl TestAgent {
                 ToAgent::Renewed { sequence } => self.renewed = sequence,
                 ToAgent::Tables(tables) => self.tables.extend(tables),
                 ToAgent::Assignments(assignments) => self.assignments = assignments,
+                ToAgent::Conditions(conditions) => self.conditions = conditions,
             }
         }
     }
@@ -212,6 +222,78 @@ async fn a_silent_cluster_is_lost_and_comes_back_with_a_new_session() {
         .unwrap();
     assert_ne!(next.session, first.session);
     assert_eq!(state().await, "ready");
+    mesh.end().await;
+}
+
+/// A node's number, and what its agent says of it.
+async fn standing(agent: &mut TestAgent) -> (u32, Conditions) {
+    agent.say(report(Vec::new())).await;
+    agent
+        .hear("the node's table", |it| it.tables.contains_key("n1"))
+        .await;
+    let table = &agent.tables["n1"];
+    let number = table.node.number;
+    let mut words = table.mesh.prefix6.network().segments();
+    (words[5], words[7]) = (number as u16, 2);
+    let conditions = Conditions {
+        nodes: vec![NodePlace {
+            node: number,
+            coordinate: Coordinate {
+                at_us: [1_000 * number as i32, 0, 0],
+                height_us: 50,
+                error_permille: 90,
+            },
+        }],
+        loads: vec![BackendLoad {
+            addr6: words.into(),
+            percent: 40,
+        }],
+    };
+    (number, conditions)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_cluster_says_of_itself_reaches_another_on_another_lead_and_no_log() {
+    let mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [first, second] = mesh.others(&leader);
+    let follow = |lead, cluster| TestAgent::follow(&mesh, lead, cluster, None);
+    let (mut edge, _) = follow(&first, "edge").await.unwrap();
+    let (mut fog, _) = follow(&second, "fog").await.unwrap();
+    let (number, of_edge) = standing(&mut edge).await;
+    let (other, of_fog) = standing(&mut fog).await;
+    fog.hear("a table with the other as a peer", |it| {
+        it.tables["n1"]
+            .peers
+            .iter()
+            .any(|peer| peer.number == number)
+    })
+    .await;
+    let index = fog.tables["n1"].revision.index;
+    // What it says of the other's node is nobody's news.
+    let lies = Conditions {
+        nodes: vec![NodePlace {
+            node: other,
+            ..of_edge.nodes[0]
+        }],
+        ..Conditions::default()
+    };
+    edge.say(FromAgent::Conditions(of_edge.clone().joined(lies)))
+        .await;
+    while fog.conditions.nodes != of_edge.nodes {
+        assert!(fog.conditions.nodes.len() <= 1, "{:?}", fog.conditions);
+        fog.conditions = Conditions::default();
+        fog.say(FromAgent::Conditions(of_fog.clone())).await;
+        let mut heard = false;
+        fog.hear("the conditions", |_| std::mem::replace(&mut heard, true))
+            .await;
+    }
+    assert!(
+        fog.conditions.loads.is_empty(),
+        "no table names that backend: {:?}",
+        fog.conditions
+    );
+    assert_eq!(fog.tables["n1"].revision.index, index, "no new table");
     mesh.end().await;
 }
 

@@ -73,6 +73,8 @@ impl TestMesh {
         issue(Role::User { name: user }, "user");
         let cluster = "edge".to_owned();
         issue(Role::Agent { cluster }, "agent");
+        let cluster = "fog".to_owned();
+        issue(Role::Agent { cluster }, "agent-fog");
         let mut listeners = Vec::new();
         for name in names {
             let role = Role::Lead {

@@ -67,6 +67,7 @@ fn table(peers: &[u32]) -> Arc<Table> {
         node: Node {
             number: 9,
             blocks4: Vec::new(),
+            carbon_g_kwh: None,
         },
         peers: peers
             .iter()
@@ -76,6 +77,7 @@ fn table(peers: &[u32]) -> Arc<Table> {
                 public_key: key(number),
                 endpoint: None,
                 blocks4: Vec::new(),
+                carbon_g_kwh: None,
             })
             .collect(),
         services: Vec::new(),

@@ -41,6 +41,7 @@ fn table(peers: Vec<Peer>) -> Table {
         node: Node {
             number: 1,
             blocks4: Vec::new(),
+            carbon_g_kwh: None,
         },
         peers,
         services: Vec::new(),
@@ -54,6 +55,7 @@ fn table_peer(number: u32, public_key: &str) -> Peer {
         public_key: public_key.to_owned(),
         endpoint: at("192.0.2.2:7000"),
         blocks4: vec!["10.16.0.32/27".parse().unwrap()],
+        carbon_g_kwh: None,
     }
 }
 

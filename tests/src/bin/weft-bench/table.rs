@@ -350,6 +350,7 @@ fn table(services: u32, backends: u32) -> Result<Table> {
         node: Node {
             number: 1,
             blocks4: vec!["10.16.0.0/27".parse()?],
+            carbon_g_kwh: None,
         },
         peers: vec![],
         services: (1..=services).map(service).collect(),

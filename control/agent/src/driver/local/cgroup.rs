@@ -1,13 +1,14 @@
-//! Control groups: an instance's share of the processor and its limit of memory, where the host lets us.
+//! Control groups: an instance's share of the processor, its limit of memory and what it uses, where the host lets us.
 //!
 //! Processing power is a share, not a ceiling: what nobody uses is anybody's. Memory is a ceiling: what an
 //! instance booked is all it gets, or others would pay. One group per instance and hierarchy, right below the
-//! hierarchy's root, under cgroup v2 or (where `cpu` and `memory` are mounted on their own) v1.
+//! hierarchy's root, under cgroup v2 or (where `cpu`, `cpuacct` and `memory` are mounted on their own) v1.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use control_core::goal::Requests;
@@ -32,6 +33,7 @@ enum Kind {
     V2,
     V1Cpu,
     V1Memory,
+    V1Usage,
 }
 
 impl Cgroups {
@@ -53,6 +55,7 @@ impl Cgroups {
             [
                 ("cpu", "cpu.shares", Kind::V1Cpu),
                 ("memory", "memory.limit_in_bytes", Kind::V1Memory),
+                ("cpuacct", "cpuacct.usage", Kind::V1Usage),
             ]
             .into_iter()
             .filter(|(name, file, _)| root.join(name).join(file).exists())
@@ -80,6 +83,13 @@ impl Cgroups {
                 self.complain(&format!("{}: {error}", hierarchy.root.display()));
             }
         }
+    }
+
+    /// Processor time that an instance has used; `None` where it is in no group that counts it.
+    pub(super) fn used(&self, name: &str) -> Option<Duration> {
+        self.hierarchies
+            .iter()
+            .find_map(|hierarchy| hierarchy.used(&self.dir(hierarchy, name)))
     }
 
     /// Removes an instance's groups; succeeds when there are none.
@@ -116,6 +126,24 @@ impl Hierarchy {
         }
         fs::write(dir.join("cgroup.procs"), pid.to_string())
     }
+
+    fn used(&self, dir: &Path) -> Option<Duration> {
+        let read = |file| fs::read_to_string(dir.join(file)).ok();
+        match self.kind {
+            Kind::V2 => {
+                let stat = read("cpu.stat")?;
+                let usage = stat
+                    .lines()
+                    .find_map(|line| line.strip_prefix("usage_usec "))?;
+                Some(Duration::from_micros(usage.trim().parse().ok()?))
+            }
+            Kind::V1Usage => {
+                let nanos = read("cpuacct.usage")?;
+                Some(Duration::from_nanos(nanos.trim().parse().ok()?))
+            }
+            Kind::V1Cpu | Kind::V1Memory => None,
+        }
+    }
 }
 
 /// What is written for an instance; nothing for what it did not ask for.
@@ -130,6 +158,7 @@ fn settings(kind: Kind, requests: Requests) -> Vec<(&'static str, u64)> {
         Kind::V2 => (cpu("cpu.weight", weight), limit("memory.max")),
         Kind::V1Cpu => (cpu("cpu.shares", shares), None),
         Kind::V1Memory => (None, limit("memory.limit_in_bytes")),
+        Kind::V1Usage => (None, None),
     };
     cpu.into_iter().chain(memory).collect()
 }
@@ -169,6 +198,26 @@ mod tests {
             ("cpu.weight", 1)
         );
         assert_eq!(settings(Kind::V2, Requests::default()), []);
+    }
+
+    #[test]
+    fn what_an_instance_used_is_read_in_both_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = |kind| Hierarchy {
+            root: dir.path().to_owned(),
+            kind,
+        };
+        let used = |kind| hierarchy(kind).used(dir.path());
+        assert_eq!((used(Kind::V2), used(Kind::V1Usage)), (None, None));
+        let stat = "usage_usec 1500000\nuser_usec 1000000\nsystem_usec 500000\n";
+        fs::write(dir.path().join("cpu.stat"), stat).unwrap();
+        fs::write(dir.path().join("cpuacct.usage"), "2000000001\n").unwrap();
+        assert_eq!(used(Kind::V2), Some(Duration::from_millis(1_500)));
+        assert_eq!(
+            used(Kind::V1Usage),
+            Some(Duration::from_nanos(2_000_000_001))
+        );
+        assert_eq!(used(Kind::V1Memory), None);
     }
 
     #[test]

@@ -45,6 +45,7 @@ pub(super) fn peer(number: u8, public_key: String, endpoint: SocketAddr) -> Resu
         public_key,
         endpoint: Some(endpoint),
         blocks4: blocks4(number)?,
+        carbon_g_kwh: None,
     })
 }
 
@@ -85,6 +86,7 @@ pub(super) fn table(
         node: Node {
             number: node.into(),
             blocks4: blocks4(node)?,
+            carbon_g_kwh: None,
         },
         peers,
         services: vec![Service {
