@@ -62,14 +62,19 @@ pub(crate) fn weft_dispatch_tunnel(context: TcContext) -> i32 {
 /// What an endpoint sends. Where the connections are too many, it starts over after one has given way; the
 /// kernel bounds how often (33 tail calls).
 #[classifier]
+#[inline(always)]
 pub(crate) fn weft_pod(context: TcContext) -> i32 {
     let mut skb = Skb::new(context);
-    pod::from_endpoint(&mut skb).unwrap_or_else(|reason| {
-        if reason == Reason::FlowTableFull && flow::make_room() {
-            skb.start_over(PROGRAM_POD);
+    // All of it is inlined, and no closure: a tail call is not allowed in a function of its own without BTF.
+    match pod::from_endpoint(&mut skb) {
+        Ok(action) => action,
+        Err(reason) => {
+            if reason == Reason::FlowTableFull && flow::make_room() {
+                skb.start_over(PROGRAM_POD);
+            }
+            refused(&mut skb, reason)
         }
-        refused(&mut skb, reason)
-    })
+    }
 }
 
 /// What comes out of the tunnel.
