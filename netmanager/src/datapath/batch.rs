@@ -20,9 +20,12 @@ use crate::janitor::{FlowSource, Page};
 
 /// `enum bpf_cmd` in `linux/bpf.h`.
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+/// `BPF_NOEXIST` in `linux/bpf.h`.
+const BPF_NOEXIST: u64 = 1;
 /// Entries per step; a bucket's chain must fit.
 const STEP: usize = 1_024;
 
@@ -47,15 +50,6 @@ struct ElementAttr {
     key: u64,
     value: u64,
     flags: u64,
-}
-
-/// What an update does with an entry that is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Existing {
-    /// Replaces it.
-    Replace,
-    /// Leaves it.
-    Keep,
 }
 
 /// Some entries of a walk, and the token of those after them; `None` at the end.
@@ -189,57 +183,66 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         }
     }
 
-    /// Writes entries; gives how many were left because they were there.
-    pub(super) fn put(
-        &self,
-        keys: &[K],
-        values: &[V],
-        existing: Existing,
-    ) -> Result<usize, DatapathError> {
-        let (mut done, mut kept) = (0, 0);
-        let length = keys.len().min(values.len());
-        while done < length {
-            let (keys, values) = (&keys[done..length], &values[done..length]);
-            let mut attr = BatchAttr {
-                in_batch: 0,
-                out_batch: 0,
-                keys: keys.as_ptr() as u64,
-                values: values.as_ptr() as u64,
-                count: keys.len() as u32,
-                map_fd: self.fd(),
-                // BPF_ANY, BPF_NOEXIST.
-                elem_flags: u64::from(existing == Existing::Keep),
-                flags: 0,
-            };
-            // SAFETY: as in `page`; the kernel only reads `count` keys and values, which the slices hold.
-            let result = unsafe {
-                libc::syscall(
-                    libc::SYS_bpf,
-                    BPF_MAP_UPDATE_BATCH,
-                    &raw mut attr,
-                    size_of::<BatchAttr>(),
-                )
-            };
-            let error = (result < 0).then(io::Error::last_os_error);
-            match error {
-                None => return Ok(kept),
-                // The one at `count` was refused, because it is there.
-                Some(error)
-                    if existing == Existing::Keep && error.raw_os_error() == Some(libc::EEXIST) =>
-                {
-                    kept += 1;
-                    done += attr.count as usize + 1;
-                }
-                Some(source) => {
-                    return Err(DatapathError::Batch {
-                        map: self.name,
-                        what: "take entries",
-                        source,
-                    });
-                }
+    /// Writes entries, over those that are there.
+    pub(super) fn put(&self, keys: &[K], values: &[V]) -> Result<(), DatapathError> {
+        let mut attr = BatchAttr {
+            in_batch: 0,
+            out_batch: 0,
+            keys: keys.as_ptr() as u64,
+            values: values.as_ptr() as u64,
+            count: keys.len().min(values.len()) as u32,
+            map_fd: self.fd(),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: as in `page`; the kernel only reads `count` keys and values, which the slices hold.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_UPDATE_BATCH,
+                &raw mut attr,
+                size_of::<BatchAttr>(),
+            )
+        };
+        let error = (result < 0).then(io::Error::last_os_error);
+        error.map_or(Ok(()), |source| {
+            Err(DatapathError::Batch {
+                map: self.name,
+                what: "take entries",
+                source,
+            })
+        })
+    }
+
+    /// Writes an entry where there is none. A batch cannot: its update takes no such flag.
+    pub(super) fn add(&self, key: &K, value: &V) -> Result<(), DatapathError> {
+        let mut attr = ElementAttr {
+            map_fd: self.fd(),
+            pad: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value: std::ptr::from_ref(value) as u64,
+            flags: BPF_NOEXIST,
+        };
+        // SAFETY: as in `get`; key and value are only read.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_UPDATE_ELEM,
+                &raw mut attr,
+                size_of::<ElementAttr>(),
+            )
+        };
+        let error = (result < 0).then(io::Error::last_os_error);
+        match error {
+            Some(source) if source.raw_os_error() != Some(libc::EEXIST) => {
+                Err(DatapathError::Batch {
+                    map: self.name,
+                    what: "take an entry",
+                    source,
+                })
             }
+            _ => Ok(()),
         }
-        Ok(kept)
     }
 
     /// The value of `key`.

@@ -8,11 +8,7 @@ use std::{collections::HashSet, mem::offset_of, path::Path};
 
 use ebpf_common::layout::{self, Config, Flow, FlowKey, PROTO_TCP};
 
-use super::{
-    DatapathError, Sizes,
-    batch::{Batch, Existing},
-    object::entries,
-};
+use super::{DatapathError, Sizes, batch::Batch, object::entries};
 
 /// Bytes of `Config` in layout 1.
 pub(super) const CONFIG_1: usize = 88;
@@ -59,7 +55,7 @@ fn copy<K: aya::Pod, const S: usize, const T: usize>(
     if keys.is_empty() {
         return Ok(());
     }
-    to.put(&keys, &values, Existing::Replace).map(drop)
+    to.put(&keys, &values)
 }
 
 /// Refuses sizes into which what is in use does not fit.
@@ -190,6 +186,25 @@ pub(super) fn flows(
     })
 }
 
+impl<const S: usize, const T: usize> Pair<S, T> {
+    /// Adds what was not copied yet and is not there.
+    fn add(&self, keys: &[[u8; KEY]], values: &[[u8; T]]) -> Result<(), DatapathError> {
+        for (key, value) in keys.iter().zip(values) {
+            if self.copied.contains(key) {
+                continue;
+            }
+            match self.to.add(key, value) {
+                Err(error) if self.is_guest => {
+                    // There is no room for what only opens or closes.
+                    tracing::warn!(%error, "a connection that opens or closes is lost");
+                }
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+}
+
 struct Carrier<const S: usize, const T: usize> {
     maps: Vec<Pair<S, T>>,
 }
@@ -271,19 +286,10 @@ impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
                 }
             })?;
             met += keys.len();
-            let existing = if pass == Pass::Missing || pair.is_guest {
-                Existing::Keep
-            } else {
-                Existing::Replace
-            };
-            if !keys.is_empty() {
-                match pair.to.put(&keys, &values, existing) {
-                    // There is no room for what only opens or closes.
-                    Err(error) if pair.is_guest => {
-                        tracing::warn!(%error, "some connections that open or close are lost");
-                    }
-                    result => drop(result?),
-                }
+            if pass == Pass::Missing || pair.is_guest {
+                pair.add(&keys, &values)?;
+            } else if !keys.is_empty() {
+                pair.to.put(&keys, &values)?;
             }
             let found: HashSet<[u8; KEY]> = keys.into_iter().collect();
             if pass == Pass::Exact && !pair.is_guest {

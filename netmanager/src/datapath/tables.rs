@@ -4,11 +4,7 @@ use std::path::Path;
 
 use ebpf_common::layout::{Addr, Backend, Config, Endpoint, Vip, VipKey};
 
-use super::{
-    DatapathError,
-    batch::{Batch, Existing},
-    raw::Raw,
-};
+use super::{DatapathError, batch::Batch, raw::Raw};
 use crate::plan::{Capacity, KernelState, Op};
 
 /// See the module.
@@ -97,7 +93,7 @@ impl Tables {
             match op {
                 Op::Config(config) => {
                     let config = Raw(config.unwrap_or_default());
-                    self.config.put(&[0], &[config], Existing::Replace)?;
+                    self.config.put(&[0], &[config])?;
                 }
                 Op::Endpoint(key, Some(value)) => endpoints.push(*key, Raw(*value)),
                 Op::Endpoint(key, None) => {
@@ -155,7 +151,7 @@ impl<K: aya::Pod, V: aya::Pod> Entries<K, V> {
 
     fn put(self, map: &Batch<K, V>) -> Result<(), DatapathError> {
         if !self.keys.is_empty() {
-            map.put(&self.keys, &self.values, Existing::Replace)?;
+            map.put(&self.keys, &self.values)?;
         }
         Ok(())
     }

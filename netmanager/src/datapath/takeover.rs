@@ -34,7 +34,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::{
     DatapathError, Hook, Sizes,
-    batch::{Batch, Existing},
+    batch::Batch,
     bpffs,
     carry::{self, Pass},
     object::{
@@ -48,6 +48,8 @@ use crate::follow::chain;
 
 /// How long a hold may last; a pass over full maps takes a tenth of it.
 const HOLD: Duration = Duration::from_secs(2);
+/// `enum membarrier_cmd` in `linux/membarrier.h`.
+const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
 /// The layout before this one.
 const PREVIOUS: u32 = 1;
 
@@ -143,7 +145,7 @@ impl Set {
                 ..config.0
             }));
         })?;
-        map.put(&[0], &configs, Existing::Replace).map(drop)
+        map.put(&[0], &configs)
     }
 }
 
@@ -342,13 +344,30 @@ fn exchange(
     } else {
         next.hold(CONFIG_HOLD_NEW | CONFIG_HOLD_UNKNOWN, now + HOLD)?;
     }
+    if can_hold {
+        wait_for_programs();
+    }
     let count = flows.pass(Pass::Exact)?;
     switch(bpffs, object)?;
+    if !can_hold {
+        wait_for_programs();
+    }
     if !can_hold && let Err(error) = flows.pass(Pass::Missing) {
         // There is no way back: the flows of the last milliseconds are lost.
         tracing::error!(error = chain(&error), "failed to bring the last flows over");
     }
     Ok((count, started.elapsed()))
+}
+
+/// Waits until every program that runs now has ended: one that began before a hold or a switch may still write.
+fn wait_for_programs() {
+    // It waits for an RCU grace period, and programs run inside RCU's read side. Where it is refused, 20 ms are
+    // longer than any program runs.
+    // SAFETY: a system call with three integers and no memory.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Puts the programs of `object` into their slots.

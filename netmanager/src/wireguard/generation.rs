@@ -12,7 +12,7 @@
 //!
 //! What is here decides; the keeper in the daemon acts.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -90,14 +90,23 @@ pub fn held(present: &Present, wanted: &Wanted) -> Wanted {
         .collect()
 }
 
-/// Whether the next device may send: every peer that lives on the old one has answered there.
+/// How old a handshake must be before anything is sent over it: both sides have then heard each other by it, more
+/// than once. The side that answered a handshake knows only by the first packet that the other has its keys
+/// (WireGuard whitepaper section 5.1).
+const SETTLED: Duration = Duration::from_millis(2_500);
+
+/// Whether the next device may send: every peer that lives on the old one has answered there, and not just now.
 #[must_use]
 pub fn is_ready(old: &Present, next: &Present) -> bool {
     let there = by_node(next);
     by_node(old)
         .into_iter()
         .filter(|(_, (_, peer))| is_alive(peer))
-        .all(|(node, _)| there.get(&node).is_some_and(|(_, peer)| is_alive(peer)))
+        .all(|(node, _)| {
+            there.get(&node).is_some_and(|(_, peer)| {
+                is_alive(peer) && peer.handshake_age.is_some_and(|age| age >= SETTLED)
+            })
+        })
 }
 
 /// Bytes that came in by a device.
@@ -108,8 +117,6 @@ pub fn received(present: &Present) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const YOUNG: Option<Duration> = Some(Duration::from_secs(9));
@@ -180,6 +187,11 @@ mod tests {
         let old = present(&[(1, 1, YOUNG), (2, 2, None)]);
         assert!(!is_ready(&old, &present(&[])));
         assert!(!is_ready(&old, &present(&[(9, 1, None)])));
+        let now = Some(Duration::from_secs(1));
+        assert!(
+            !is_ready(&old, &present(&[(9, 1, now)])),
+            "it may not have the keys yet"
+        );
         assert!(
             is_ready(&old, &present(&[(9, 1, YOUNG)])),
             "2 is dead on both"
