@@ -22,6 +22,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use crate::routes::ForeignRoute;
 
 mod node;
+mod rules;
 
 pub use node::NodeWish;
 use node::PROTOCOL;

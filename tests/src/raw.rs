@@ -5,35 +5,83 @@
     reason = "a step of a test that fails, fails the test, here as in its body"
 )]
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::{
     ifaddrs::getifaddrs,
-    sys::socket::{
-        AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, sendto, socket,
+    net::if_::if_nametoindex,
+    sys::{
+        socket::{
+            AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto,
+            setsockopt, socket, sockopt::ReceiveTimeout,
+        },
+        time::TimeVal,
     },
 };
 
 use crate::Netns;
 
-/// Sends a frame out of `device`; where that has no Ethernet (a tunnel), a packet from its IP header on.
+/// Sends a frame out of `device`, which has Ethernet.
 ///
 /// # Panics
 /// When the device is not there or down, or the capability is missing.
 pub fn send(netns: &Netns, device: &str, frame: &[u8]) {
     netns.run(|| {
-        let raw = SockFlag::SOCK_CLOEXEC;
-        let fd = socket(AddressFamily::Packet, SockType::Raw, raw, None).unwrap();
-        // The one safe way to an address of a link is to be told it.
+        // The safe way to an address of a link is to be told it.
         let links: Vec<_> = getifaddrs().unwrap().collect();
         let to: LinkAddr = links
             .iter()
             .filter(|link| link.interface_name == device)
             .find_map(|link| link.address.as_ref()?.as_link_addr().copied())
             .unwrap_or_else(|| panic!("{device} is not in {}", netns.name()));
-        assert!(to.len() > 0);
-        sendto(fd.as_raw_fd(), frame, &to, MsgFlags::empty()).unwrap();
+        sendto(open().as_raw_fd(), frame, &to, MsgFlags::empty()).unwrap();
     });
+}
+
+/// A device without Ethernet, into which packets are sent from their IP header on.
+#[derive(Debug)]
+pub struct Tunnel {
+    fd: OwnedFd,
+    to: LinkAddr,
+}
+
+impl Tunnel {
+    /// Finds `device`, over which `traffic` makes a packet pass.
+    ///
+    /// # Panics
+    /// When the device is not there or no packet passes.
+    pub fn find(netns: &Netns, device: &str, traffic: impl FnOnce()) -> Self {
+        // Such a link is not listed with an address; a packet that is heard on it has one.
+        let (fd, index) = netns.run(|| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let all = SockProtocol::EthAll;
+            let fd = socket(AddressFamily::Packet, SockType::Raw, flags, all).unwrap();
+            (fd, if_nametoindex(device).unwrap() as usize)
+        });
+        setsockopt(&fd, ReceiveTimeout, &TimeVal::new(3, 0)).unwrap();
+        traffic();
+        loop {
+            let (_, from) = recvfrom::<LinkAddr>(fd.as_raw_fd(), &mut [0; 128]).unwrap();
+            if let Some(to) = from.filter(|from| from.ifindex() == index) {
+                let fd = netns.run(open);
+                return Self { fd, to };
+            }
+        }
+    }
+
+    /// Sends a packet into it.
+    ///
+    /// # Panics
+    /// When the device is gone.
+    pub fn send(&self, packet: &[u8]) {
+        sendto(self.fd.as_raw_fd(), packet, &self.to, MsgFlags::empty()).unwrap();
+    }
+}
+
+/// A socket that only sends.
+fn open() -> OwnedFd {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    socket(AddressFamily::Packet, SockType::Raw, flags, None).unwrap()
 }
 
 /// An Ethernet frame.

@@ -6,10 +6,14 @@
     reason = "a step of a test that fails, fails the test, here as in its body"
 )]
 
+#[path = "corners/clear_text.rs"]
+mod clear_text;
 #[path = "corners/clients.rs"]
 mod clients;
 #[path = "corners/flows.rs"]
 mod flows;
+#[path = "corners/foreign.rs"]
+mod foreign;
 #[path = "corners/host.rs"]
 mod host;
 #[path = "corners/refusals.rs"]

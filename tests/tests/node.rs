@@ -308,7 +308,13 @@ fn a_node_that_is_removed_leaves_nothing_in_the_kernel() {
         node.netns.ip("-6 route show table all proto 157").unwrap(),
     ]
     .concat();
-    for trace in ["weft", "22342", "proto 157"] {
+    for trace in [
+        "weft",
+        "22342",
+        "proto 157",
+        "10.16.0.0/12",
+        "fd12:3456:789a::/48",
+    ] {
         assert!(!left.contains(trace), "{left}");
     }
     assert_eq!(

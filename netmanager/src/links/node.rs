@@ -4,13 +4,16 @@
 //!  host process --> weft0 (the addresses) ==veth== weft1 --TCX ingress--> the programs
 //!                     ^ plain redirect into weft1 <-----------------------'
 //!
-//!  rule: to MESH lookup TABLE      table TABLE: MESH via GATEWAY dev weft0 src OWN metric 10
-//!                                               unreachable MESH           metric 1000
+//!  rules: iif lo to MESH lookup TABLE    table TABLE: MESH via GATEWAY dev weft0 src OWN metric 10
+//!         from MESH to MESH blackhole                 unreachable MESH           metric 1000
+//!         to MESH lookup TABLE
 //! ```
 //!
 //! Host processes, host-network pods and probes reach VIPs through it. The gateway is a permanent neighbour
 //! that nobody has to answer for. The guards are routes without a device, so that they stay when the pair is
-//! set down or removed and no packet of the mesh ever leaves by a default route. Everything is idempotent:
+//! set down or removed and no packet of the mesh ever leaves by a default route. Only the host's own processes
+//! may say that they are the node: a packet that the host would forward, of an unattached pod or from the underlay,
+//! has no source in the mesh. Everything is idempotent:
 //! [`Links::ensure_node`] adds what is missing and leaves what is right alone.
 
 use std::{
@@ -24,17 +27,15 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressHeaderFlags},
     link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
     route::{RouteMessage, RouteProtocol, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use rtnetlink::{IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::{EEXIST, Link, Links, LinksError, errno, failed, table_of};
 use crate::plan::NodeEndpoint;
 
-/// Our routing table, our rules' priority and our routes' protocol number: "WF", and a number that nobody
-/// registered in `/etc/iproute2/rt_protos`.
-const TABLE: u32 = 0x5746;
-const RULE_PRIORITY: u32 = 5_746;
+/// Our routing table and our routes' protocol number: "WF", and a number that nobody registered in
+/// `/etc/iproute2/rt_protos`.
+pub(super) const TABLE: u32 = 0x5746;
 pub(super) const PROTOCOL: RouteProtocol = RouteProtocol::Other(157);
 const METRIC: u32 = 10;
 const GUARD_METRIC: u32 = 1_000;
@@ -225,76 +226,8 @@ impl Links {
             let result = self.handle.route().add(guard).execute().await;
             ignore_existing(result).map_err(|source| failed("guard the mesh prefixes", source))?;
         }
-        let mesh6 = IpNet::V6(wish.mesh6);
-        let wanted: Vec<IpNet> = std::iter::once(mesh6)
-            .chain(wish.mesh4.map(IpNet::V4))
-            .collect();
-        for version in [IpVersion::V4, IpVersion::V6] {
-            self.remove_stale_rules(version, &wanted).await?;
-        }
-        for prefix in wanted {
-            let request = self
-                .handle
-                .rule()
-                .add()
-                .table_id(TABLE)
-                .priority(RULE_PRIORITY);
-            let request = request.action(RuleAction::ToTable);
-            let result = match prefix {
-                IpNet::V4(net) => {
-                    let request = request.v4();
-                    request
-                        .destination_prefix(net.network(), net.prefix_len())
-                        .execute()
-                        .await
-                }
-                IpNet::V6(net) => {
-                    let request = request.v6();
-                    request
-                        .destination_prefix(net.network(), net.prefix_len())
-                        .execute()
-                        .await
-                }
-            };
-            ignore_existing(result)
-                .map_err(|source| failed(format!("make the rule for {prefix}"), source))?;
-        }
-        Ok(())
-    }
-
-    async fn remove_stale_rules(
-        &self,
-        version: IpVersion,
-        wanted: &[IpNet],
-    ) -> Result<(), LinksError> {
-        let rules: Vec<RuleMessage> = self
-            .handle
-            .rule()
-            .get(version)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|source| failed("list rules", source))?;
-        for rule in rules {
-            let is_ours = rule.attributes.contains(&RuleAttribute::Table(TABLE))
-                && rule
-                    .attributes
-                    .contains(&RuleAttribute::Priority(RULE_PRIORITY));
-            let prefix = rule
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    RuleAttribute::Destination(address) => {
-                        IpNet::new(*address, rule.header.dst_len).ok()
-                    }
-                    _ => None,
-                });
-            if is_ours && prefix.is_none_or(|prefix| !wanted.contains(&prefix)) {
-                let result = self.handle.rule().del(rule).execute().await;
-                result.map_err(|source| failed("remove an old rule", source))?;
-            }
-        }
-        Ok(())
+        let prefixes = std::iter::once(IpNet::V6(wish.mesh6)).chain(wish.mesh4.map(IpNet::V4));
+        self.ensure_rules(&prefixes.collect::<Vec<_>>()).await
     }
 
     /// Removes the node endpoint, rules and guards. Goes on after an error and gives the first.
@@ -302,10 +235,7 @@ impl Links {
     /// # Errors
     /// When the kernel refuses for another reason than that there is nothing.
     pub async fn remove_node(&self, name: &str) -> Result<(), LinksError> {
-        let mut first = Ok(());
-        for version in [IpVersion::V4, IpVersion::V6] {
-            first = first.and(self.remove_stale_rules(version, &[]).await);
-        }
+        let mut first = self.remove_rules().await;
         for route in self.routes().await? {
             if route.header.protocol == PROTOCOL && table_of(&route) == TABLE {
                 let result = self.handle.route().del(route).execute().await;
@@ -350,7 +280,9 @@ fn guard<T>(route: RouteMessageBuilder<T>) -> RouteMessage {
         .build()
 }
 
-fn ignore_existing(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+pub(super) fn ignore_existing(
+    result: Result<(), rtnetlink::Error>,
+) -> Result<(), rtnetlink::Error> {
     match result {
         Err(error) if errno(&error) == Some(EEXIST) => Ok(()),
         result => result,

@@ -11,10 +11,10 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use ebpf_common::{
     addr::{Mesh6, NODE_ENDPOINT, Name6},
-    layout::LAYOUT_VERSION,
+    layout::{Flow, FlowKey, LAYOUT_VERSION},
     reason::Reason,
 };
 use ipnet::Ipv4Net;
@@ -34,7 +34,7 @@ use weft_netmanager::{
 };
 
 use super::{SOON, TUNNEL_PORT, nth, service, underlay};
-use crate::{Netns, Process, binary, wait_for};
+use crate::{Netns, Process, binary, program::bytes::Bytes, wait_for};
 
 /// See the module.
 #[derive(Debug)]
@@ -220,10 +220,7 @@ impl Node {
     /// When the counters are not pinned.
     #[must_use]
     pub fn reasons(&self) -> BTreeMap<&'static str, u64> {
-        let pin = self
-            .path("bpf")
-            .join(format!("v{LAYOUT_VERSION}/maps/REASONS"));
-        let map = Map::PerCpuArray(MapData::from_pin(pin).unwrap());
+        let map = Map::PerCpuArray(MapData::from_pin(self.pin("REASONS")).unwrap());
         let counters: PerCpuArray<MapData, u64> = map.try_into().unwrap();
         Reason::ALL
             .iter()
@@ -232,6 +229,28 @@ impl Node {
                 (reason.name(), counts.iter().sum())
             })
             .collect()
+    }
+
+    /// The entries of `FLOWS`.
+    ///
+    /// # Panics
+    /// When the map is not pinned.
+    #[must_use]
+    pub fn established(&self) -> Vec<(FlowKey, Flow)> {
+        let map = Map::HashMap(MapData::from_pin(self.pin("FLOWS")).unwrap());
+        let table: HashMap<MapData, [u8; size_of::<FlowKey>()], [u8; size_of::<Flow>()]> =
+            map.try_into().unwrap();
+        table
+            .iter()
+            .map(Result::unwrap)
+            .map(|(key, flow)| (FlowKey::from_slice(&key), Flow::from_slice(&flow)))
+            .collect()
+    }
+
+    /// Where a map is pinned.
+    fn pin(&self, map: &str) -> PathBuf {
+        self.path("bpf")
+            .join(format!("v{LAYOUT_VERSION}/maps/{map}"))
     }
 
     /// How often `work` made the node count each reason; those that it did not are left out.
@@ -247,6 +266,22 @@ impl Node {
         }
         after.retain(|_, count| *count > 0);
         (result, after)
+    }
+
+    /// Hides pods that leave their CIDR behind the node, as a cluster's network does (the bridge plugin's `ipMasq`,
+    /// flannel, kindnet).
+    ///
+    /// # Panics
+    /// When the rules are refused.
+    pub fn masquerade(&self) {
+        for (program, pods) in [
+            ("iptables", "10.244.0.0/16"),
+            ("ip6tables", "2001:db8:f4::/48"),
+        ] {
+            let rule = format!("-t nat -A POSTROUTING -s {pods} ! -d {pods} -j MASQUERADE");
+            let words: Vec<_> = rule.split(' ').collect();
+            self.netns.succeed(program, &words).unwrap();
+        }
     }
 
     /// The node endpoint's IPv6 address.

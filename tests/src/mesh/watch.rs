@@ -79,6 +79,14 @@ impl Watch {
         self.seen.lock().unwrap().iter().cloned().collect()
     }
 
+    /// Forgets what was seen so far: a test has shown that it is.
+    ///
+    /// # Panics
+    /// When the watch itself failed.
+    pub fn forgive(&self) {
+        self.seen.lock().unwrap().clear();
+    }
+
     /// Looks at what is still waiting, and ends; what was in clear, each kind once.
     ///
     /// # Panics

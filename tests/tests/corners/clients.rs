@@ -8,7 +8,6 @@ use std::{
 
 use netmanager_api::table::BackendState::Ready;
 use weft_tests::{
-    Netns,
     mesh::{
         Clusters, Mesh, Options, Pod,
         service::{TARGET_HTTP, balanced, service},
@@ -107,7 +106,7 @@ fn the_host_and_an_unattached_pod_reach_vips_through_the_node_endpoint() {
         service(6, vec![far.backend(0, Ready)]),
     ]);
     mesh.wait_connected();
-    masquerade(&mesh.node(1).netns);
+    mesh.node(1).masquerade();
     for (number, name) in [(5, "near"), (6, "far")] {
         for to in balanced(number) {
             for from in [&mesh.node(1).netns, &plain.netns] {
@@ -118,17 +117,5 @@ fn the_host_and_an_unattached_pod_reach_vips_through_the_node_endpoint() {
                 ping(from, to).unwrap();
             }
         }
-    }
-}
-
-/// What a cluster's network does for pods that leave their CIDR (the bridge plugin's `ipMasq`, flannel, kindnet).
-fn masquerade(node: &Netns) {
-    for (program, pods) in [
-        ("iptables", "10.244.0.0/16"),
-        ("ip6tables", "2001:db8:f4::/48"),
-    ] {
-        let rule = format!("-t nat -A POSTROUTING -s {pods} ! -d {pods} -j MASQUERADE");
-        let words: Vec<_> = rule.split(' ').collect();
-        node.succeed(program, &words).unwrap();
     }
 }
