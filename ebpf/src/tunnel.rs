@@ -1,7 +1,8 @@
 //! Packets that come out of the tunnel: from remote endpoints, for local ones, and never into a tunnel again.
 
 use ebpf_common::{
-    layout::{CONFIG_HOLD_UNKNOWN, FLOW_REVERSE},
+    addr::{ECHO_PORT, NODE_ENDPOINT},
+    layout::{CONFIG_HOLD_UNKNOWN, FLOW_REVERSE, PATH_PORT},
     reason::Reason,
 };
 
@@ -12,7 +13,7 @@ use crate::{
     error, flow, fragment,
     header::TCP_LEN,
     hold, log, maps,
-    parse::{Family, Kind, Part},
+    parse::{Family, Kind, Packet, Part},
     skb::Skb,
     translate,
 };
@@ -59,6 +60,8 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
         count::passed(skb, 0, packet);
     } else if hold::is_on(config, CONFIG_HOLD_UNKNOWN) {
         return Err(Reason::Held);
+    } else if endpoint.number == NODE_ENDPOINT && !is_for_host(packet) {
+        return Err(Reason::TunnelDestination);
     } else {
         if packet.kind == Kind::Udp {
             flow::note_inbound(packet, endpoint)?;
@@ -70,4 +73,15 @@ pub(crate) fn from_tunnel(skb: &mut Skb) -> Result<i32, Reason> {
     }
     log::passed(packet, Way::Local(endpoint));
     deliver::packet(skb, family, endpoint)
+}
+
+/// Whether the node endpoint takes a packet that belongs to no flow of its own. The host behind it is a client and
+/// is asked by the probes of its peers; what else it listens to is nothing of the mesh's.
+#[inline(always)]
+const fn is_for_host(packet: &Packet) -> bool {
+    match packet.kind {
+        Kind::Tcp => !packet.opens(),
+        Kind::Udp => matches!(u16::from_be(packet.key.dport_be), ECHO_PORT | PATH_PORT),
+        _ => true,
+    }
 }

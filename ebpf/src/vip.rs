@@ -66,7 +66,12 @@ fn syn(
     found: Option<Entry>,
 ) -> Result<(), Reason> {
     if let Some(entry) = found {
-        if entry.flow().isn_be == packet.seq_be && flow::live_backend(entry.flow()).is_some() {
+        // One that is over may be this very SYN's: a client that forgot its connection resets what the backend still
+        // has of it, and sends the SYN again.
+        if entry.flow().isn_be == packet.seq_be
+            && flow::live_backend(entry.flow()).is_some()
+            && !flow::is_over(entry.flags())
+        {
             translate_to(config, packet, entry);
             return Ok(());
         }

@@ -18,3 +18,5 @@ mod foreign;
 mod host;
 #[path = "corners/refusals.rs"]
 mod refusals;
+#[path = "corners/spoof.rs"]
+mod spoof;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ebpf_common::{
-    addr::{NODE_ENDPOINT, Policy},
+    addr::{ECHO_PORT, NODE_ENDPOINT, Policy},
     layout::ACCOUNT_TCP,
     reason::Reason,
 };
@@ -87,12 +87,37 @@ fn a_remote_client_reaches_a_local_backend_and_is_answered() {
 fn probes_of_other_nodes_reach_the_node_endpoint() {
     for family in Family::BOTH {
         let mut stage = Stage::default();
-        let prober = (endpoint_address(family, REMOTE_NODE, NODE_ENDPOINT), 1000);
-        let node = (endpoint_address(family, NODE, NODE_ENDPOINT), 2000);
+        let prober = (
+            endpoint_address(family, REMOTE_NODE, NODE_ENDPOINT),
+            ECHO_PORT,
+        );
+        let node = (endpoint_address(family, NODE, NODE_ENDPOINT), ECHO_PORT);
         let probe = Packet::udp(prober, node, b"probe");
         assert_eq!(stage.arrive(&probe), (NODE_ENDPOINT, probe.clone()));
         let answer = probe.mirrored();
         assert_eq!(stage.deliver(NODE_ENDPOINT, &answer), (0, answer.clone()));
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn what_the_host_listens_to_besides_is_not_reached_through_the_tunnel() {
+    for family in Family::BOTH {
+        let mut stage = Stage::default();
+        let peer = (
+            endpoint_address(family, REMOTE_NODE, NODE_ENDPOINT),
+            ECHO_PORT,
+        );
+        let host = endpoint_address(family, NODE, NODE_ENDPOINT);
+        for packet in [
+            Packet::udp(peer, (host, 7_777), b"question"),
+            Packet::tcp(peer, (host, 22), SYN, 1, 0),
+            Packet::tcp(peer, (host, ECHO_PORT), SYN, 1, 0),
+        ] {
+            assert_dropped(&mut stage, &packet, Reason::TunnelDestination);
+        }
+        let answer = Packet::tcp(peer, (host, 40_000), SYN | ACK, 1, 2);
+        assert_eq!(stage.arrive(&answer), (NODE_ENDPOINT, answer));
     }
 }
 

@@ -110,6 +110,8 @@ pub struct Mesh6(u128);
 
 /// The endpoint number of every node's own endpoint.
 pub const NODE_ENDPOINT: u32 = 1;
+/// UDP port at which every node endpoint answers its peers' echoes (the letters of Weft on a telephone).
+pub const ECHO_PORT: u16 = 9338;
 
 impl Mesh6 {
     /// The prefix length of a mesh.

@@ -1,15 +1,15 @@
 //! The ICMP error that quotes a packet (RFC 792, RFC 4443): its IP header, with options and extension headers, and
 //! the eight bytes after them.
 //!
-//! It comes from the node endpoint, the pod's gateway. It quotes the packet as its sender sent it, because
+//! It comes from the node endpoint, the pod's gateway ([`source`]). It quotes the packet as its sender sent it, because
 //! every refusal is decided before anything is translated. The quote is of no fixed length, so it is kept in map
 //! memory while the packet gets its new size.
 
-use ebpf_common::layout::{Config, PROTO_ICMP, PROTO_ICMP6};
+use ebpf_common::layout::{Addr, Config, PROTO_ICMP, PROTO_ICMP6};
 
 use super::{ip4, ip6};
 use crate::{
-    csum,
+    csum, flow,
     header::{
         ICMP_LEN, ICMP4_TIME_EXCEEDED, ICMP4_UNREACHABLE, ICMP6_TIME_EXCEEDED, ICMP6_TOO_BIG,
         ICMP6_UNREACHABLE, Icmp,
@@ -117,14 +117,15 @@ pub(super) fn quote(
     skb.resize(icmp + ICMP_LEN + len).ok()?;
     let payload = ICMP_LEN + len;
     let to = packet.key.src;
+    let from = source(config, packet);
     let pseudo = match family {
         Family::V4 => {
-            *skb.header_mut(l2)? = ip4(config.node4.v4_be(), to.v4_be(), PROTO_ICMP, payload);
+            *skb.header_mut(l2)? = ip4(from.v4_be(), to.v4_be(), PROTO_ICMP, payload);
             0
         }
         Family::V6 => {
-            *skb.header_mut(l2)? = ip6(config.node6.words, to.words, PROTO_ICMP6, payload);
-            csum::sum(&config.node6.words)
+            *skb.header_mut(l2)? = ip6(from.words, to.words, PROTO_ICMP6, payload);
+            csum::sum(&from.words)
                 + csum::sum(&to.words)
                 + u64::from((payload as u16).to_be())
                 + u64::from(u16::from(PROTO_ICMP6).to_be())
@@ -133,4 +134,16 @@ pub(super) fn quote(
     let quote = packet.quote.get(..len)?;
     *skb.header_mut(icmp)? = error.header(pseudo + sum_of(quote));
     skb.store(icmp + ICMP_LEN, quote)
+}
+
+/// Whom an error comes from. The node endpoint itself hears it from where its packet went: a host takes nothing that
+/// says to come from its own address.
+#[inline(always)]
+fn source(config: &Config, packet: &Packet) -> Addr {
+    let node = flow::node_address(config, packet.family);
+    if packet.key.src == node {
+        packet.key.dst
+    } else {
+        node
+    }
 }

@@ -13,8 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use ebpf_common::addr::{Mesh6, NODE_ENDPOINT, Name6};
 use netmanager_api::conditions::Coordinate;
 
-/// UDP port of the echo on every node endpoint (the letters of Weft on a telephone).
-pub const ECHO_PORT: u16 = 9338;
+pub use ebpf_common::addr::ECHO_PORT;
 /// Length of a message.
 pub(super) const LEN: usize = 32;
 const MAGIC: [u8; 4] = *b"WEFT";

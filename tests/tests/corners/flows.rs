@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ebpf_common::addr::Policy;
+use ebpf_common::{
+    addr::Policy,
+    layout::{Addr, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_RST},
+};
 use netmanager_api::table::BackendState::{Draining, Ready};
 use nix::{
     libc,
@@ -201,6 +204,41 @@ fn abandon(pod: &Pod, stream: TcpStream) {
     setsockopt(&stream, Linger, &at_once).unwrap();
     drop(stream);
     rules("-D");
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_client_that_forgot_its_connection_makes_it_anew_and_it_lasts() {
+    let mut stage = Stage::start("halfopen");
+    stage.mesh.follow(&[
+        service(5, vec![stage.near.backend(0, Ready)]),
+        service(6, vec![stage.far.backend(0, Ready)]),
+    ]);
+    stage.mesh.wait_connected();
+    for to in [balanced(5), balanced(6)].concat() {
+        let (from, to) = (stage.own(to, PORT), SocketAddr::new(to, HTTP));
+        let (mut stream, _) = call_from(&stage.client.netns, from, to).unwrap();
+        echo(&mut stream, &[1; 10_000]).unwrap();
+        abandon(&stage.client, stream);
+        // The backend holds the old connection: it challenges the SYN, is told a reset, and takes the next SYN.
+        let (mut stream, _) = call_from(&stage.client.netns, from, to).unwrap();
+        echo(&mut stream, &[2; 10_000]).unwrap();
+        let flows = stage.mesh.node(1).established();
+        let lasts = flows.iter().any(|(key, flow)| {
+            let own = (FLOW_FORWARD, PORT.to_be(), map_address(to.ip()));
+            let over = FLOW_RST | FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+            (key.direction, key.sport_be, key.dst) == own && flow.flags & over == 0
+        });
+        assert!(lasts, "{to}: not among the established: {flows:?}");
+        drop(stream);
+    }
+}
+
+fn map_address(address: IpAddr) -> Addr {
+    match address {
+        IpAddr::V4(address) => Addr::from_v4(address.to_bits()),
+        IpAddr::V6(address) => Addr::from_v6(address.to_bits()),
+    }
 }
 
 #[test]

@@ -27,7 +27,7 @@ fn undeclared_ports_and_unlinked_services_are_refused_at_once_in_every_protocol(
     server.serve("server");
     mesh.follow(&[service(5, vec![server.backend(0, Ready)])]);
     let node = mesh.node(1);
-    for from in [&client.netns] {
+    for from in [&client.netns, &node.netns] {
         for (number, port, reason) in [
             (5, UNDECLARED, "undeclared_port"),
             (6, HTTP, "not_linked"),
