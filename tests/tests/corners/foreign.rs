@@ -53,7 +53,8 @@ fn object() -> Vec<u8> {
     symbols.extend(0_u64.to_le_bytes());
     symbols.extend((code.len() as u64).to_le_bytes());
     // Name, type, flags, link, info, alignment, entry size, bytes (ELF-64 object file format 1.5).
-    let sections: [(u32, u32, u64, [u32; 2], [u64; 2], &[u8]); 5] = [
+    type Section<'a> = (u32, u32, u64, [u32; 2], [u64; 2], &'a [u8]);
+    let sections: [Section<'_>; 5] = [
         (0, 0, 0, [0, 0], [0, 0], &[]),
         (name("classifier"), 1, 6, [0, 0], [8, 0], &code),
         (name("license"), 1, 2, [0, 0], [1, 0], b"GPL\0"),
