@@ -165,11 +165,21 @@ pub fn datagram_socket(netns: &Netns, from: SocketAddr) -> io::Result<UdpSocket>
 pub fn datagram_over(socket: &UdpSocket, to: SocketAddr) -> io::Result<String> {
     socket.send_to(b"question", to)?;
     let mut back = [0; 128];
-    let (length, from) = socket.recv_from(&mut back)?;
+    let (length, from) = uninterrupted(|| socket.recv_from(&mut back))?;
     assert_eq!(from, to, "who was asked answers");
     let (who, rest) = back[..length].split_at(length - b"question".len());
     assert_eq!(rest, b"question");
     Ok(name_in(who))
+}
+
+/// Waits again where a signal ended the wait: the kernel restarts no receive that has a time limit (signal(7)).
+fn uninterrupted<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            received => return received,
+        }
+    }
 }
 
 /// The unspecified address of `to`'s family, port 0.
@@ -219,7 +229,7 @@ pub fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
         MsgFlags::empty(),
     )?;
     let mut back = [0; 64];
-    let length = recv(socket.as_raw_fd(), &mut back, MsgFlags::empty())?;
+    let length = uninterrupted(|| Ok(recv(socket.as_raw_fd(), &mut back, MsgFlags::empty())?))?;
     assert_eq!((back[0], length), (answer, 9));
     Ok(())
 }
