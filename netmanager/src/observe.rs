@@ -31,7 +31,7 @@ pub use told::told;
 /// What is asked of the daemon.
 #[derive(Debug)]
 pub enum Ask {
-    /// What the numbers stand for now.
+    /// What the numbers stand for, by the last table.
     Names(oneshot::Sender<Arc<Names>>),
     /// What would become of a packet.
     Trace(TraceRequest, oneshot::Sender<Result<Traced, String>>),

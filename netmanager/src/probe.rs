@@ -244,7 +244,7 @@ impl Prober {
 
     /// Answers a question, notes an answer; returns whether there is something new to publish.
     async fn heard(&mut self, message: &[u8], from: SocketAddr) -> bool {
-        let Some(node) = echo::node_of(self.mesh, from) else {
+        let Some(node) = echo::node_of(self.mesh, from, ECHO_PORT) else {
             return false;
         };
         let Some(echo) = Echo::decode(message) else {

@@ -28,7 +28,7 @@ impl Node {
         }
     }
 
-    /// What the numbers stand for now.
+    /// What the numbers stand for, by the last table.
     fn names(&mut self) -> Arc<Names> {
         if let Some(names) = &self.names {
             return names.clone();

@@ -52,6 +52,20 @@ struct ElementAttr {
     flags: u64,
 }
 
+/// Calls bpf(2).
+///
+/// # Safety
+///
+/// `attr` is laid out as the kernel reads it for `command`; its pointers are to memory of the sizes that the map has and
+/// that lives through the call; its fd is open.
+unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    match unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<A>()) } {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Some entries of a walk, and the token of those after them; `None` at the end.
 type Entries<K, V> = (Vec<(K, V)>, Option<u32>);
 
@@ -140,19 +154,10 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; the four pointers are to
         // buffers of this frame with room for `count` keys and values of the map's own sizes (checked when it
         // was opened), and to one u32 token each, which is what hash maps and arrays use; the fd is open.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_LOOKUP_BATCH,
-                &raw mut attr,
-                size_of::<BatchAttr>(),
-            )
-        };
-        let error = (result < 0).then(io::Error::last_os_error);
-        let is_last = match error {
-            None => false,
-            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Some(error) => return Err(error),
+        let is_last = match unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+            Ok(()) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
         };
         let count = (attr.count as usize).min(STEP);
         // SAFETY: the kernel wrote `count` keys and values, which are plain bytes (`Pod`), and says so.
@@ -196,21 +201,10 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
             flags: 0,
         };
         // SAFETY: as in `page`; the kernel only reads `count` keys and values, which the slices hold.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_UPDATE_BATCH,
-                &raw mut attr,
-                size_of::<BatchAttr>(),
-            )
-        };
-        let error = (result < 0).then(io::Error::last_os_error);
-        error.map_or(Ok(()), |source| {
-            Err(DatapathError::Batch {
-                map: self.name,
-                what: "take entries",
-                source,
-            })
+        unsafe { bpf(BPF_MAP_UPDATE_BATCH, &mut attr) }.map_err(|source| DatapathError::Batch {
+            map: self.name,
+            what: "take entries",
+            source,
         })
     }
 
@@ -224,17 +218,8 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
             flags: BPF_NOEXIST,
         };
         // SAFETY: as in `get`; key and value are only read.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_UPDATE_ELEM,
-                &raw mut attr,
-                size_of::<ElementAttr>(),
-            )
-        };
-        let error = (result < 0).then(io::Error::last_os_error);
-        match error {
-            Some(source) if source.raw_os_error() != Some(libc::EEXIST) => {
+        match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) } {
+            Err(source) if source.raw_os_error() != Some(libc::EEXIST) => {
                 Err(DatapathError::Batch {
                     map: self.name,
                     what: "take an entry",
@@ -257,20 +242,11 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         };
         // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; key and value are of the
         // map's own sizes (checked when it was opened); the fd is open.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_LOOKUP_ELEM,
-                &raw mut attr,
-                size_of::<ElementAttr>(),
-            )
-        };
-        let error = (result < 0).then(io::Error::last_os_error);
-        match error {
+        match unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) } {
             // SAFETY: the kernel wrote all of it, and it is plain bytes (`Pod`).
-            None => Ok(Some(unsafe { value.assume_init() })),
-            Some(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Some(source) => Err(DatapathError::Batch {
+            Ok(()) => Ok(Some(unsafe { value.assume_init() })),
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(source) => Err(DatapathError::Batch {
                 map: self.name,
                 what: "be read",
                 source,
@@ -289,24 +265,15 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         };
         // SAFETY: `attr` is laid out as the kernel reads it and lives through the call; the key is of the map's
         // own size (checked when it was opened) and is only read; the fd is open.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                BPF_MAP_DELETE_ELEM,
-                &raw mut attr,
-                size_of::<ElementAttr>(),
-            )
-        };
-        let error = (result < 0).then(io::Error::last_os_error);
-        match error {
-            Some(source) if source.raw_os_error() != Some(libc::ENOENT) => {
+        match unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr) } {
+            Err(source) if source.raw_os_error() != Some(libc::ENOENT) => {
                 Err(DatapathError::Batch {
                     map: self.name,
                     what: "remove an entry",
                     source,
                 })
             }
-            removed => Ok(removed.is_none()),
+            removed => Ok(removed.is_ok()),
         }
     }
 }

@@ -74,8 +74,8 @@ impl Echo {
     }
 }
 
-/// The node whose echo sent from `from`; `None` for everybody else.
-pub(super) fn node_of(mesh: Mesh6, from: SocketAddr) -> Option<u32> {
+/// The node whose own endpoint sent from `port` of `from`; `None` for everybody else.
+pub(super) fn node_of(mesh: Mesh6, from: SocketAddr, port: u16) -> Option<u32> {
     let IpAddr::V6(address) = from.ip() else {
         return None;
     };
@@ -83,7 +83,7 @@ pub(super) fn node_of(mesh: Mesh6, from: SocketAddr) -> Option<u32> {
         Some(Name6::Endpoint {
             node,
             endpoint: NODE_ENDPOINT,
-        }) if from.port() == ECHO_PORT => Some(node),
+        }) if from.port() == port => Some(node),
         _ => None,
     }
 }
@@ -135,7 +135,11 @@ mod tests {
             ("10.16.0.1:9338", None),
         ];
         for (from, node) in cases {
-            assert_eq!(node_of(mesh, from.parse().unwrap()), node, "{from}");
+            assert_eq!(
+                node_of(mesh, from.parse().unwrap(), ECHO_PORT),
+                node,
+                "{from}"
+            );
         }
     }
 }

@@ -213,7 +213,7 @@ impl Path {
         }
     }
 
-    /// The size to ask for now.
+    /// The size of the next question.
     fn size(&mut self, now: Duration, most: u32) -> u32 {
         if let Phase::Settled { raise } = self.phase
             && now >= raise

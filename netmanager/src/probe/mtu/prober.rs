@@ -11,19 +11,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
-use ebpf_common::{
-    addr::{Mesh6, NODE_ENDPOINT, Name6},
-    layout::PATH_PORT,
-};
+use ebpf_common::{addr::Mesh6, layout::PATH_PORT};
 use rustix::net::sockopt::{Ipv6PathMtuDiscovery, set_ipv6_mtu_discover};
 use tokio::{net::UdpSocket, sync::watch, task::JoinHandle, time::sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::Paths;
+use crate::probe::{echo::node_of, endpoint};
 
 /// IPv6 and UDP headers around a message.
 const HEADERS: u32 = 48;
@@ -89,28 +87,6 @@ impl PathProbes {
 impl Drop for PathProbes {
     fn drop(&mut self) {
         self.task.abort();
-    }
-}
-
-/// The address of a node's own endpoint.
-fn endpoint(mesh: Mesh6, node: u32) -> Ipv6Addr {
-    Ipv6Addr::from_bits(mesh.encode(Name6::Endpoint {
-        node,
-        endpoint: NODE_ENDPOINT,
-    }))
-}
-
-/// The node whose prober sent from `from`; `None` for everybody else.
-fn node_of(mesh: Mesh6, from: SocketAddr) -> Option<u32> {
-    let IpAddr::V6(address) = from.ip() else {
-        return None;
-    };
-    match mesh.decode(address.to_bits()) {
-        Some(Name6::Endpoint {
-            node,
-            endpoint: NODE_ENDPOINT,
-        }) if from.port() == PATH_PORT => Some(node),
-        _ => None,
     }
 }
 
@@ -209,7 +185,7 @@ impl Prober {
 
     /// Answers a question, notes an answer.
     async fn heard(&mut self, len: usize, from: SocketAddr) {
-        let Some(node) = node_of(self.mesh, from) else {
+        let Some(node) = node_of(self.mesh, from, PATH_PORT) else {
             return;
         };
         match decode(&self.message[..len]) {
@@ -265,7 +241,11 @@ mod tests {
             ("[fd12:3456:789a:1000:0:9::]:9339", None),
             ("10.16.0.1:9339", None),
         ] {
-            assert_eq!(node_of(mesh, from.parse().unwrap()), node, "{from}");
+            assert_eq!(
+                node_of(mesh, from.parse().unwrap(), PATH_PORT),
+                node,
+                "{from}"
+            );
         }
     }
 }
