@@ -29,6 +29,8 @@ struct Slot {
     addr: Addr,
     /// How many services name it.
     holders: u32,
+    /// How many of them say that new flows may pick it.
+    ready: u32,
     dead_since: Option<Duration>,
 }
 
@@ -87,6 +89,17 @@ impl Indexes {
         if let Some(since) = slot.dead_since.take() {
             self.dead.remove(&(since, index));
         }
+    }
+
+    /// A service that said `before` of `index`, whether new flows may pick it, says `now`.
+    pub(super) fn say(&mut self, index: u32, before: bool, now: bool) {
+        let slot = &mut self.slots[index as usize];
+        slot.ready = (slot.ready + u32::from(now)).saturating_sub(u32::from(before));
+    }
+
+    /// Whether new flows may pick `index`: a service that names it says so.
+    pub(super) fn is_ready(&self, index: u32) -> bool {
+        self.slots[index as usize].ready > 0
     }
 
     /// One service less names `index`; true when it was the last.

@@ -108,7 +108,8 @@ struct Planned {
     at: usize,
     vips: BTreeSet<VipKey>,
     runs: BTreeSet<u32>,
-    backends: BTreeSet<u32>,
+    /// The indexes of its backends, and whether it says that new flows may pick them.
+    backends: BTreeMap<u32, bool>,
     /// What its policies chose last.
     chosen: Chosen,
     /// Something found no room: it is planned again.
@@ -361,7 +362,7 @@ impl Planner {
         planned: &mut Planned,
         now: Duration,
     ) -> (Vec<(Candidate, bool)>, Option<Shortage>) {
-        let mut held = BTreeSet::new();
+        let mut held: BTreeMap<u32, layout::Backend> = BTreeMap::new();
         let mut candidates = BTreeMap::new();
         let mut shortage = None;
         for backend in &service.backends {
@@ -375,20 +376,23 @@ impl Planner {
                 });
                 continue;
             };
-            let before = self.want.backends.get(&index);
-            entry.generation = match before {
-                Some(old) if is_new => old.generation.wrapping_add(1).max(1),
-                Some(same) => same.generation,
-                None => 1,
-            };
             if is_new {
                 self.given.push(index);
             }
-            self.put_backend(index, entry);
-            if held.insert(index) && !planned.backends.contains(&index) {
+            if !held.contains_key(&index) && !planned.backends.contains_key(&index) {
                 self.indexes.hold(index);
             }
-            if entry.flags & layout::BACKEND_LIVE != 0 {
+            entry.generation = match (held.get(&index), self.want.backends.get(&index)) {
+                (Some(same), _) => same.generation,
+                (None, Some(old)) if is_new => old.generation.wrapping_add(1).max(1),
+                (None, Some(same)) => same.generation,
+                (None, None) => 1,
+            };
+            let is_ready = entry.flags & layout::BACKEND_LIVE != 0;
+            if is_ready || !held.contains_key(&index) {
+                held.insert(index, entry);
+            }
+            if is_ready {
                 let candidate = Candidate {
                     index,
                     identity: backend.addr6.to_bits(),
@@ -400,10 +404,17 @@ impl Planner {
                 candidates.insert(candidate.identity, (candidate, backend.addr4.is_some()));
             }
         }
-        for &index in planned.backends.difference(&held) {
-            self.release_backend(index, now);
+        let before = std::mem::take(&mut planned.backends);
+        for (&index, entry) in &held {
+            let is_ready = entry.flags & layout::BACKEND_LIVE != 0;
+            let was_ready = before.get(&index).is_some_and(|ready| *ready);
+            self.indexes.say(index, was_ready, is_ready);
+            planned.backends.insert(index, is_ready);
+            self.put_backend(index, self.stated(index, *entry));
         }
-        planned.backends = held;
+        for (&index, &was_ready) in before.iter().filter(|(index, _)| !held.contains_key(index)) {
+            self.release_backend(index, was_ready, now);
+        }
         (candidates.into_values().collect(), shortage)
     }
 
@@ -480,9 +491,24 @@ impl Planner {
         }
     }
 
-    fn release_backend(&mut self, index: u32, now: Duration) {
+    /// A backend in the state that the services give it that name it: one address is one backend, and ready where one
+    /// of them says so.
+    fn stated(&self, index: u32, backend: layout::Backend) -> layout::Backend {
+        let flags = if self.indexes.is_ready(index) {
+            layout::BACKEND_LIVE
+        } else {
+            layout::BACKEND_DRAINING
+        };
+        layout::Backend { flags, ..backend }
+    }
+
+    /// A service that said `was_ready` of a backend names it no more.
+    fn release_backend(&mut self, index: u32, was_ready: bool, now: Duration) {
+        self.indexes.say(index, was_ready, false);
         if self.indexes.release(index) {
             self.bury(index, now);
+        } else if let Some(&backend) = self.want.backends.get(&index) {
+            self.put_backend(index, self.stated(index, backend));
         }
     }
 
@@ -519,8 +545,8 @@ impl Planner {
         for &base in &planned.runs {
             self.runs.release(base, now);
         }
-        for &index in &planned.backends {
-            self.release_backend(index, now);
+        for (&index, &was_ready) in &planned.backends {
+            self.release_backend(index, was_ready, now);
         }
     }
 

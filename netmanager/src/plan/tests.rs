@@ -194,6 +194,44 @@ fn a_draining_backend_keeps_its_index_and_loses_its_slots_and_a_probing_one_has_
 }
 
 #[test]
+fn an_address_that_is_named_ready_and_draining_is_one_backend_and_ready() {
+    let draining = table::Backend {
+        instance: 1,
+        state: BackendState::Draining,
+        ..backend(0, BackendState::Ready)
+    };
+    let mut both = vec![backend(0, BackendState::Ready), draining.clone()];
+    for _ in 0..2 {
+        let state = plan(&table(both.clone()), &mut planner(CAPACITY), NOW).unwrap();
+        assert_eq!(state.runs[&vip_of(&state).slot_base], [1]);
+        assert_eq!(state.backends[&1].flags, BACKEND_LIVE, "{both:?}");
+        both.reverse();
+    }
+
+    // In two services, whichever is planned last.
+    let mut planner = planner(CAPACITY);
+    let mut shared = table(vec![backend(0, BackendState::Ready)]);
+    let mut other = shared.services[0].clone();
+    (other.number, other.name) = (6, "default/shop/old".into());
+    other.vips = Vec::new();
+    other.backends = vec![draining];
+    shared.services.push(other);
+    let mut flags = |shared: &Table| {
+        let state = plan(shared, &mut planner, NOW).unwrap();
+        state.backends[&1].flags
+    };
+    assert_eq!(flags(&shared), BACKEND_LIVE);
+    shared.services[0].backends[0].state = BackendState::Draining;
+    assert_eq!(flags(&shared), BACKEND_DRAINING);
+    shared.services[0].backends[0].state = BackendState::Ready;
+    assert_eq!(flags(&shared), BACKEND_LIVE);
+    shared.services[0].backends.clear();
+    assert_eq!(flags(&shared), BACKEND_DRAINING);
+    shared.services[1].backends.clear();
+    assert_eq!(flags(&shared), 0);
+}
+
+#[test]
 fn a_dead_backend_has_no_flags_and_its_index_names_another_only_later_and_with_a_new_generation() {
     let capacity = Capacity {
         backends: 3,
