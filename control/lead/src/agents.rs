@@ -11,10 +11,7 @@
 //! A stream ends when its session does (the cluster was lost, or its agent came back on another lead); the agent
 //! dials again. While there is no leader reports and renewals wait, and nothing is withdrawn.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use control_api::stream::{FromAgent, Hello, ToAgent, Welcome, lead_door_server::LeadDoor};
 use control_core::{
@@ -29,7 +26,7 @@ use netmanager_api::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};

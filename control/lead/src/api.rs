@@ -28,7 +28,7 @@ use control_core::{
 };
 use utoipa::OpenApi;
 
-use crate::{lead::Lead, problem::Refusal, raft::propose::now_ms};
+use crate::{lead::Lead, problem::Refusal};
 
 /// How long an answer waits for this lead's own replica.
 const FOLLOW: Duration = Duration::from_secs(3);
@@ -185,7 +185,7 @@ async fn explain(
     let name: ServiceName = text
         .parse()
         .map_err(|error| Refusal::name("service", &text, &error))?;
-    let now = now_ms();
+    let now = lead.clock.now_ms();
     let explained = read(&lead, query, |base, stale| Explained {
         slots: placement::explain(base, &name, now.max(base.log_time_ms)),
         service: text.clone(),
@@ -214,7 +214,7 @@ async fn apply(
     lead.catch_up().await?;
     let before = lead.replica.read(Clone::clone);
     let mut tried = before.clone();
-    let now = now_ms().max(before.log_time_ms);
+    let now = lead.clock.now_ms().max(before.log_time_ms);
     let refused = try_out(&mut tried, commands(&goals), now)
         .into_iter()
         .filter_map(Outcome::err);
@@ -225,7 +225,7 @@ async fn apply(
         let follow = plan::plan(&tried, &Inputs::default(), now);
         try_out(&mut tried, follow, now);
         let results: Vec<_> = goals.iter().map(|goal| result(&before, goal)).collect();
-        return Ok(Json(applied(&tried, &goals, &results, true)));
+        return Ok(Json(applied(&tried, &goals, &results, now, true)));
     }
     let done = lead.propose(commands(&goals)).await?;
     let mut results = Vec::new();
@@ -247,10 +247,9 @@ async fn apply(
         tracing::debug!(%error, "an answer does not show the plan");
         lead.replica.reach(done.index, FOLLOW).await;
     }
-    Ok(Json(
-        lead.replica
-            .read(|base| applied(base, &goals, &results, false)),
-    ))
+    Ok(Json(lead.replica.read(|base| {
+        applied(base, &goals, &results, lead.clock.now_ms(), false)
+    })))
 }
 
 fn commands(goals: &[Goal]) -> Vec<Command> {
@@ -280,9 +279,10 @@ fn applied(
     base: &KnowledgeBase,
     goals: &[Goal],
     results: &[ApplyResult],
+    now_ms: u64,
     dry_run: bool,
 ) -> ApplyResponse {
-    let now = now_ms().max(base.log_time_ms);
+    let now = now_ms.max(base.log_time_ms);
     let application = |(goal, result): (&Goal, &ApplyResult)| AppliedApplication {
         name: goal.name.to_string(),
         result: *result,
@@ -329,9 +329,10 @@ async fn migrate(
         .parse()
         .map_err(|error| Refusal::name("to", &request.to, &error))?;
     lead.catch_up().await?;
+    let now = lead.clock.now_ms();
     let command = lead
         .replica
-        .read(|base| plan::request_move(base, &slot, &to, now_ms().max(base.log_time_ms)))?;
+        .read(|base| plan::request_move(base, &slot, &to, now.max(base.log_time_ms)))?;
     change(&lead, command).await
 }
 

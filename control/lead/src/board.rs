@@ -3,13 +3,11 @@
 //! None of it is worth a log entry: it is gone a minute later, and a new leader's board is full again as soon as
 //! every agent has repeated itself. A cluster speaks for its own nodes and for what is on them, and for nothing else.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Instant,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use control_core::{base::KnowledgeBase, name::Name};
 use netmanager_api::conditions::{Conditions, STALE};
+use tokio::time::Instant;
 
 /// See the module.
 #[derive(Debug, Default)]

@@ -3,22 +3,18 @@
 //! It decides nothing itself: who is lost is said by the leases, what follows by control-core's plan. A plan that
 //! was refused as a whole waits for the next tick, so that the loop cannot spin.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use control_core::{
     base::{KnowledgeBase, Mesh},
     command::Command,
     plan::{Failover, Inputs, plan},
 };
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::{
     lead::{Answer, Ask, Lead, Planned},
     leases::{failover, ready},
-    raft::propose::now_ms,
 };
 
 /// How often the leader looks when nothing changes.
@@ -76,7 +72,7 @@ fn decide(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Vec<Command
         tracing::warn!(%cluster, "a cluster is lost");
         Command::Lost { cluster, session }
     });
-    let now = now_ms();
+    let now = lead.clock.now_ms();
     let planned = lead.replica.read(|base| planned(base, paused, now));
     lost.chain(planned).collect()
 }

@@ -1,6 +1,13 @@
 //! Knocking at a lead's door: one HTTP/2 connection over mutual TLS, kept and made again when it breaks.
 
-use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
@@ -12,6 +19,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint};
 use tower::{Service, ServiceExt};
+
+use crate::world::{Boxed, Wire};
 
 /// The limit of one connection attempt, TLS included.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -53,6 +62,45 @@ pub async fn exchange(
     let status = answer.status();
     let body = axum::body::Body::new(answer.into_body());
     Ok((status, axum::body::to_bytes(body, ANSWER_LIMIT).await?))
+}
+
+/// The connections to the other leads, one each.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    credentials: Arc<Credentials>,
+    channels: Mutex<BTreeMap<String, Channel>>,
+}
+
+impl Connections {
+    pub(crate) fn new(credentials: Arc<Credentials>) -> Self {
+        Self {
+            credentials,
+            channels: Mutex::default(),
+        }
+    }
+
+    fn channel(&self, lead: &str, address: SocketAddr) -> Channel {
+        let key = format!("{lead}@{address}");
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let connect = || {
+            let lead = lead.to_owned();
+            let is_it = move |role: &Role| matches!(role, Role::Lead { name } if *name == lead);
+            dial(&self.credentials, address, is_it)
+                .expect("the credentials opened this lead's own door before")
+        };
+        channels.entry(key).or_insert_with(connect).clone()
+    }
+}
+
+impl Wire for Connections {
+    fn exchange(
+        &self,
+        name: &str,
+        address: SocketAddr,
+        request: Request<Bytes>,
+    ) -> Boxed<'_, Result<(StatusCode, Bytes), DialError>> {
+        Box::pin(exchange(self.channel(name, address), request))
+    }
 }
 
 fn channel(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {

@@ -7,14 +7,17 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use control_core::{base::ClusterState, command::Command, name::Name};
 use netmanager_api::conditions::Conditions;
 use openraft::{LogId, ServerState};
 use serde::{Deserialize, Serialize};
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 
 use crate::{
     board::{self, Board},
@@ -26,6 +29,7 @@ use crate::{
         propose::{Done, ProposeError, Proposer},
     },
     replica::Replica,
+    world::Clock,
 };
 
 /// How long an ask looks for a leader that can serve it.
@@ -117,6 +121,7 @@ pub(crate) struct Lead {
     pub(crate) proposer: Proposer,
     pub(crate) network: Network,
     pub(crate) timers: Timers,
+    pub(crate) clock: Clock,
     pub(crate) election: Election,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) board: Mutex<Board>,

@@ -4,16 +4,14 @@
 //! before it calls anybody lost, and so does one that was itself stopped for a while. Deadlines are not
 //! replicated; that a cluster *is* lost is a command.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use control_core::{
     base::{ClusterState, KnowledgeBase},
     name::Name,
     plan::Failover,
 };
+use tokio::time::Instant;
 
 /// The deadlines of the clusters.
 #[derive(Debug, Default)]

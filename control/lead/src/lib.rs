@@ -23,29 +23,28 @@ mod leases;
 mod problem;
 mod raft;
 mod replica;
+mod running;
 mod tables;
+mod world;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use control_core::base::Mesh;
 use netmanager_api::identity::{Credentials, IdentityError, Role};
-use tokio::{net::TcpListener, sync::watch};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
-pub use crate::raft::{StartError, Timers};
 use crate::{
-    agents::AgentDoor,
     authority::{AuthorityError, MeshFile},
-    board::Board,
+    dial::Connections,
     door::Door,
-    lead::{Lead, Planned},
-    leases::Leases,
-    raft::{Started, network::Network, propose::Proposer},
-    replica::Replica,
+    world::Folder,
 };
-
-/// How long the parts of a lead may take to end.
-const END: Duration = Duration::from_secs(5);
+pub use crate::{
+    raft::{Compaction, DiskError, StartError, Timers},
+    running::{Running, Settings},
+    world::{Boxed, Clock, Storage, Wire, World},
+};
 
 /// How a lead is started.
 #[derive(Clone, Debug)]
@@ -163,96 +162,28 @@ pub async fn serve(
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
     let mesh_name = credentials.identity.mesh.clone();
-    let network = Network::new(Arc::new(credentials));
-    let replica = Arc::new(Replica::default());
-    let start = raft::Start {
-        name: &options.name,
-        data: &options.data,
-        timers: options.timers,
-        peers: &options.peers,
+    let world = World {
+        storage: Arc::new(Folder(options.data)),
+        wire: Arc::new(Connections::new(Arc::new(credentials))),
+        clock: Clock::default(),
     };
-    let Started { raft, id, election } =
-        raft::start(start, network.clone(), replica.clone()).await?;
-    let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()));
-    let lead = Arc::new(Lead {
+    let settings = Settings {
         name: options.name.clone(),
-        id,
-        raft,
-        replica,
-        proposer,
-        network,
+        peers: options.peers,
         timers: options.timers,
-        election: election.clone(),
-        leases: Leases::default().into(),
-        board: Board::default().into(),
-        planned: watch::Sender::new(Planned::default()),
-    });
-    tracing::info!(name = options.name, listen = %options.listen, "lead started");
-    let tasks = TaskTracker::new();
-    let agents = AgentDoor {
-        lead: lead.clone(),
-        tasks: tasks.clone(),
-        shutdown: shutdown.clone(),
+        compaction: Compaction::default(),
+        mesh,
     };
+    let running = Running::start(settings, world, shutdown.clone()).await?;
+    tracing::info!(name = options.name, listen = %options.listen, "lead started");
     let door = Door {
         listener,
         tls,
         mesh: mesh_name,
-        routes: door::routes(&lead, agents),
+        routes: running.routes(),
     };
-    tasks.spawn(until(shutdown.clone(), proposing));
-    tasks.spawn(until(shutdown.clone(), election.run()));
-    tasks.spawn(until(shutdown.clone(), control::run(lead.clone(), mesh)));
-    tasks.spawn(door.serve(shutdown.clone()));
-    let fatal = tokio::select! {
-        () = shutdown.cancelled() => None,
-        fatal = watch_raft(&lead) => Some(fatal),
-    };
-    shutdown.cancel();
-    end(&lead, tasks).await;
-    fatal.map_or(Ok(()), |fatal| Err(LeadError::Stopped(fatal)))
-}
-
-/// Says who leads, whenever that changes; returns why Raft stopped, when it did.
-async fn watch_raft(lead: &Lead) -> String {
-    let mut metrics = lead.raft.metrics();
-    let mut known = None;
-    loop {
-        let (leader, term, state) = {
-            let metrics = metrics.borrow_and_update();
-            let state = metrics.running_state.clone();
-            (metrics.current_leader, metrics.current_term, state)
-        };
-        if let Err(fatal) = state {
-            return fatal.to_string();
-        }
-        if leader.is_some() && known != Some((leader, term)) {
-            known = Some((leader, term));
-            let leader = lead.leader().map(|(_, member)| member.name);
-            tracing::info!(leader, term, "a leader is elected");
-        }
-        if metrics.changed().await.is_err() {
-            return "its core ended".to_owned();
-        }
-    }
-}
-
-async fn until(shutdown: CancellationToken, work: impl Future<Output = ()>) {
-    tokio::select! {
-        () = work => {}
-        () = shutdown.cancelled() => {}
-    }
-}
-
-async fn end(lead: &Lead, tasks: TaskTracker) {
-    tasks.close();
-    if tokio::time::timeout(END, tasks.wait()).await.is_err() {
-        tracing::warn!("some tasks did not end in time");
-    }
-    if let Err(error) = lead.raft.shutdown().await {
-        tracing::warn!(%error, "raft did not end well");
-    }
-    tracing::info!(name = lead.name, "lead stopped");
+    running.tasks.spawn(door.serve(shutdown));
+    running.run().await
 }
 
 /// Checks what was said against each other; the mesh of a first start.

@@ -20,17 +20,16 @@ pub(crate) mod propose;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::BTreeMap, io::Cursor, net::SocketAddr, path::Path, sync::Arc, time::Duration,
-};
+use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
 
 use control_core::command::{Batch, Outcome};
 use openraft::{Config, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode};
+pub use self::disk::DiskError;
 use self::{disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network};
-use crate::replica::Replica;
+use crate::{replica::Replica, world::Storage};
 
 openraft::declare_raft_types!(
     /// The types of our Raft group.
@@ -96,10 +95,23 @@ impl Default for Timers {
     }
 }
 
-/// Entries between two snapshots.
-const SNAPSHOT_EVERY: u64 = 5_000;
-/// Entries that stay in the log behind a snapshot, for leads that were away for a moment.
-const KEEP_BEHIND_SNAPSHOT: u64 = 1_000;
+/// When the log is compacted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compaction {
+    /// Entries between two snapshots.
+    pub every: u64,
+    /// Entries that stay in the log behind a snapshot, for leads that were away for a moment.
+    pub keep: u64,
+}
+
+impl Default for Compaction {
+    fn default() -> Self {
+        Self {
+            every: 5_000,
+            keep: 1_000,
+        }
+    }
+}
 
 /// The members by id: a member's id is the rank of its name, from 1.
 pub(crate) fn members(peers: &BTreeMap<String, SocketAddr>) -> BTreeMap<u64, Member> {
@@ -126,7 +138,7 @@ pub enum StartError {
         dir: String,
         /// Why.
         #[source]
-        source: disk::DiskError,
+        source: DiskError,
     },
     /// One lost heartbeat must not cost an election.
     #[error(
@@ -169,8 +181,9 @@ pub enum StartError {
 /// What a lead brings into the group.
 pub(crate) struct Start<'a> {
     pub(crate) name: &'a str,
-    pub(crate) data: &'a Path,
+    pub(crate) storage: Arc<dyn Storage>,
     pub(crate) timers: Timers,
+    pub(crate) compaction: Compaction,
     /// Every lead of the group; only read on a first start.
     pub(crate) peers: &'a BTreeMap<String, SocketAddr>,
 }
@@ -188,14 +201,14 @@ pub(crate) async fn start(
     network: Network,
     replica: Arc<Replica>,
 ) -> Result<Started, StartError> {
-    let dir = start.data.display().to_string();
-    let disk = Disk::open(start.data).map_err(|source| StartError::Disk {
+    let dir = start.storage.to_string();
+    let disk = Disk::open(start.storage.clone()).map_err(|source| StartError::Disk {
         dir: dir.clone(),
         source,
     })?;
     let members = members(start.peers);
     let id = own_id(&disk, &start, &members, &dir)?;
-    let config = config(start.timers)?;
+    let config = config(start.timers, start.compaction)?;
     let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
     let log = LogStore::new(disk.clone());
     let machine = Machine::load(disk, replica).map_err(|error| failed(&error))?;
@@ -252,7 +265,7 @@ fn own_id(
     Ok(*id)
 }
 
-fn config(timers: Timers) -> Result<Config, StartError> {
+fn config(timers: Timers, compaction: Compaction) -> Result<Config, StartError> {
     let Timers {
         heartbeat_ms,
         lease_ms,
@@ -271,8 +284,8 @@ fn config(timers: Timers) -> Result<Config, StartError> {
         election_timeout_max: lease_ms,
         enable_elect: false,
         install_snapshot_timeout: 10_000,
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
-        max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(compaction.every),
+        max_in_snapshot_log_to_keep: compaction.keep,
         ..Config::default()
     };
     Ok(config

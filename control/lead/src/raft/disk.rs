@@ -7,12 +7,14 @@
 //!
 //! A write returns when it is on disk; only `committed` may be lost (it is found again from the leader).
 
-use std::{ops::RangeBounds, path::Path, sync::Arc};
+use std::{ops::RangeBounds, sync::Arc};
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::oneshot;
 
 use super::{decode, encode};
+use crate::world::Storage;
 
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
@@ -62,6 +64,7 @@ from_redb!(
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
     database: Arc<Database>,
+    storage: Arc<dyn Storage>,
 }
 
 /// One change of the database.
@@ -78,18 +81,16 @@ pub(crate) enum Write {
 }
 
 impl Disk {
-    /// Opens the database in `dir`, making both where they are missing.
-    pub(crate) fn open(dir: &Path) -> Result<Self, DiskError> {
-        std::fs::create_dir_all(dir).map_err(DiskError::Folder)?;
-        let database = Database::builder()
-            .set_cache_size(CACHE)
-            .create(dir.join("lead.redb"))?;
+    /// Opens the database in `storage`, making it where it is missing.
+    pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Self, DiskError> {
+        let database = storage.open(Builder::new().set_cache_size(CACHE))?;
         let transaction = database.begin_write()?;
         transaction.open_table(LOG)?;
         transaction.open_table(META)?;
         transaction.commit()?;
         Ok(Self {
             database: Arc::new(database),
+            storage,
         })
     }
 
@@ -105,9 +106,13 @@ impl Disk {
 
     async fn blocking(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let disk = self.clone();
-        tokio::task::spawn_blocking(move || disk.write_now(writes, durability))
-            .await
-            .map_err(|_| DiskError::Task)?
+        let (done, written) = oneshot::channel();
+        let work = move || {
+            // Who asked may be gone.
+            let _ = done.send(disk.write_now(writes, durability));
+        };
+        self.storage.run(Box::new(work)).await;
+        written.await.map_err(|_| DiskError::Task)?
     }
 
     fn write_now(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {

@@ -1,4 +1,4 @@
-//! Talking to the other leads: one POST per message over one HTTP/2 connection per lead.
+//! Talking to the other leads: one POST per message.
 //!
 //! ```text
 //!  POST /raft/v1/append | vote | snapshot     openraft's own messages
@@ -9,14 +9,13 @@
 //! refused.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use netmanager_api::identity::{Credentials, Role};
 use openraft::{
     RaftNetwork, RaftNetworkFactory,
     error::{InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable},
@@ -27,10 +26,9 @@ use openraft::{
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
-use tonic::transport::Channel;
 
 use super::{Member, Types, decode, encode};
-use crate::dial::{DialError, dial, exchange};
+use crate::{dial::DialError, world::Wire};
 
 /// How soon an unreachable lead is tried again.
 const RETRY: Duration = Duration::from_millis(250);
@@ -60,19 +58,17 @@ pub(crate) enum PostError {
     Decode(#[from] rmp_serde::decode::Error),
 }
 
-/// The connections to the other leads, one each.
+/// Messages to the other leads.
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
-    credentials: Arc<Credentials>,
-    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    wire: Arc<dyn Wire>,
     away: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Network {
-    pub(crate) fn new(credentials: Arc<Credentials>) -> Self {
+    pub(crate) fn new(wire: Arc<dyn Wire>) -> Self {
         Self {
-            credentials,
-            channels: Arc::default(),
+            wire,
             away: Arc::default(),
         }
     }
@@ -93,18 +89,6 @@ impl Network {
                 }
             }
         }
-    }
-
-    fn channel(&self, member: &Member) -> Channel {
-        let key = format!("{}@{}", member.name, member.address);
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        let connect = || {
-            let name = member.name.clone();
-            let is_it = move |role: &Role| matches!(role, Role::Lead { name: n } if *n == name);
-            dial(&self.credentials, member.address, is_it)
-                .expect("the credentials opened this lead's own door before")
-        };
-        channels.entry(key).or_insert_with(connect).clone()
     }
 
     /// Sends `message` to a lead and reads its answer.
@@ -130,8 +114,8 @@ impl Network {
     }
 
     async fn exchange(&self, member: &Member, request: Request<Bytes>) -> Result<Bytes, PostError> {
-        let answer = exchange(self.channel(member), request).await;
-        let answer = match answer {
+        let answer = self.wire.exchange(&member.name, member.address, request);
+        let answer = match answer.await {
             Ok((StatusCode::OK, body)) => Ok(body),
             Ok((status, _)) => Err(PostError::Refused {
                 name: member.name.clone(),

@@ -3,10 +3,7 @@
 //! One entry is in flight at a time; what comes meanwhile is the next one, so that the slower the disk, the
 //! larger the entries.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 
 use control_core::command::{Batch, Command, Outcome};
 use openraft::error::{ClientWriteError, RaftError};
@@ -17,6 +14,7 @@ use tokio::{
 };
 
 use super::Raft;
+use crate::world::Clock;
 
 /// How long the first waiting command waits for others.
 const GATHER: Duration = Duration::from_millis(1);
@@ -90,9 +88,9 @@ impl Log for Raft {
 
 impl Proposer {
     /// A proposer, and the task that it needs.
-    pub(crate) fn new(log: Arc<impl Log>) -> (Self, impl Future<Output = ()> + Send) {
+    pub(crate) fn new(log: Arc<impl Log>, clock: Clock) -> (Self, impl Future<Output = ()> + Send) {
         let (jobs, queue) = mpsc::channel(QUEUE);
-        (Self { jobs }, run(log, queue))
+        (Self { jobs }, run(log, clock, queue))
     }
 
     /// Proposes `commands`, in one entry, in order.
@@ -105,19 +103,11 @@ impl Proposer {
     }
 }
 
-/// Wall clock time, milliseconds since the Unix epoch.
-pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| {
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-    })
-}
-
-async fn run(log: Arc<impl Log>, mut queue: mpsc::Receiver<Job>) {
+async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
     while let Some(first) = queue.recv().await {
         let jobs = gather(first, &mut queue).await;
         let batch = Batch {
-            log_time_ms: now_ms(),
+            log_time_ms: clock.now_ms(),
             commands: jobs.iter().flat_map(|job| job.commands.clone()).collect(),
         };
         let committed = timeout(COMMIT, log.commit(batch)).await;
@@ -205,7 +195,7 @@ mod tests {
     #[tokio::test]
     async fn what_waits_together_is_one_entry_and_each_gets_its_own_outcome() {
         let log = fake();
-        let (proposer, task) = Proposer::new(log.clone());
+        let (proposer, task) = Proposer::new(log.clone(), Clock::default());
         let task = tokio::spawn(task);
         let forget = Command::ForgetCluster {
             cluster: "edge".parse().unwrap(),
@@ -235,7 +225,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_entry_that_nobody_confirms_is_said_to_be_unknown() {
-        let (proposer, task) = Proposer::new(fake());
+        let (proposer, task) = Proposer::new(fake(), Clock::default());
         let task = tokio::spawn(task);
         let answer = proposer.propose(vec![Command::Tick]).await;
         assert_eq!(answer, Err(ProposeError::Unknown));

@@ -9,14 +9,19 @@ use openraft::{
 };
 
 use super::*;
+use crate::world::Folder;
+
+fn folder(dir: &tempfile::TempDir) -> Arc<Folder> {
+    Arc::new(Folder(dir.path().to_owned()))
+}
 
 struct OnDisk;
 
 impl StoreBuilder<Types, LogStore, Machine, tempfile::TempDir> for OnDisk {
     async fn build(&self) -> Result<(tempfile::TempDir, LogStore, Machine), StorageError<u64>> {
-        let failed = |error: disk::DiskError| StorageIOError::read(&error);
+        let failed = |error: DiskError| StorageIOError::read(&error);
         let dir = tempfile::tempdir().expect("a temporary folder can be made");
-        let disk = Disk::open(dir.path()).map_err(failed)?;
+        let disk = Disk::open(folder(&dir)).map_err(failed)?;
         let machine = Machine::load(disk.clone(), Arc::default()).map_err(failed)?;
         Ok((dir, LogStore::new(disk), machine))
     }
@@ -42,14 +47,15 @@ fn a_members_id_is_the_rank_of_its_name() {
 #[test]
 fn data_of_another_lead_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::open(dir.path()).unwrap();
+    let disk = Disk::open(folder(&dir)).unwrap();
     let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
     let peers = BTreeMap::from([("a".to_owned(), address)]);
     let members = members(&peers);
     let start = |name| Start {
         name,
-        data: dir.path(),
+        storage: folder(&dir),
         timers: Timers::default(),
+        compaction: Compaction::default(),
         peers: &peers,
     };
     let own = |name| own_id(&disk, &start(name), &members, "d");
@@ -83,7 +89,7 @@ fn entry(index: u64, commands: Vec<Command>) -> Entry<Types> {
 #[tokio::test]
 async fn every_command_of_every_entry_has_its_effect_and_its_own_outcome() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::open(dir.path()).unwrap();
+    let disk = Disk::open(folder(&dir)).unwrap();
     let replica = Arc::new(Replica::default());
     let mut machine = Machine::load(disk, replica.clone()).unwrap();
     let application = |name: &str| {
@@ -123,7 +129,7 @@ async fn every_command_of_every_entry_has_its_effect_and_its_own_outcome() {
 #[tokio::test]
 async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::open(dir.path()).unwrap();
+    let disk = Disk::open(folder(&dir)).unwrap();
     let replica = Arc::new(Replica::default());
     let mut machine = Machine::load(disk.clone(), replica.clone()).unwrap();
     machine.apply([entry(7, vec![init_mesh()])]).await.unwrap();

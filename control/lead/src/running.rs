@@ -1,0 +1,166 @@
+//! A lead without its socket: Raft, the control loop and the routes of its door.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::Router;
+use control_core::base::{KnowledgeBase, Mesh};
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    LeadError, StartError,
+    agents::AgentDoor,
+    board::Board,
+    control, door,
+    lead::{Lead, Planned},
+    leases::Leases,
+    raft::{self, Compaction, Started, Timers, network::Network, propose::Proposer},
+    replica::Replica,
+    world::World,
+};
+
+/// How long the parts of a lead may take to end.
+const END: Duration = Duration::from_secs(5);
+
+/// What a lead is, wherever it runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its name.
+    pub name: String,
+    /// Every lead of the group, this one among them; only used on a first start.
+    pub peers: BTreeMap<String, SocketAddr>,
+    /// How long Raft waits.
+    pub timers: Timers,
+    /// When the log is compacted.
+    pub compaction: Compaction,
+    /// The mesh; only used by the first command of the log.
+    pub mesh: Option<Mesh>,
+}
+
+/// A lead that runs.
+#[derive(Debug)]
+pub struct Running {
+    lead: Arc<Lead>,
+    shutdown: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Running {
+    /// Starts a lead; it ends with `shutdown`.
+    ///
+    /// # Errors
+    /// When the disk does not serve, or what was said contradicts what is on it.
+    pub async fn start(
+        settings: Settings,
+        world: World,
+        shutdown: CancellationToken,
+    ) -> Result<Self, StartError> {
+        let network = Network::new(world.wire);
+        let replica = Arc::new(Replica::default());
+        let start = raft::Start {
+            name: &settings.name,
+            storage: world.storage,
+            timers: settings.timers,
+            compaction: settings.compaction,
+            peers: &settings.peers,
+        };
+        let Started { raft, id, election } =
+            raft::start(start, network.clone(), replica.clone()).await?;
+        let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
+        let lead = Arc::new(Lead {
+            name: settings.name,
+            id,
+            raft,
+            replica,
+            proposer,
+            network,
+            timers: settings.timers,
+            clock: world.clock,
+            election: election.clone(),
+            leases: Leases::default().into(),
+            board: Board::default().into(),
+            planned: watch::Sender::new(Planned::default()),
+        });
+        let tasks = TaskTracker::new();
+        tasks.spawn(until(shutdown.clone(), proposing));
+        tasks.spawn(until(shutdown.clone(), election.run()));
+        let control = control::run(lead.clone(), settings.mesh);
+        tasks.spawn(until(shutdown.clone(), control));
+        Ok(Self {
+            lead,
+            shutdown,
+            tasks,
+        })
+    }
+
+    /// Everything that can be asked of it; a request carries the identity of who asks as an extension.
+    pub fn routes(&self) -> Router {
+        let agents = AgentDoor {
+            lead: self.lead.clone(),
+            tasks: self.tasks.clone(),
+            shutdown: self.shutdown.clone(),
+        };
+        door::routes(&self.lead, agents)
+    }
+
+    /// Reads its Knowledge Base as far as it has applied the log.
+    pub fn read<R>(&self, read: impl FnOnce(&KnowledgeBase) -> R) -> R {
+        self.lead.replica.read(read)
+    }
+
+    /// Waits until it is shut down, or cannot go on.
+    ///
+    /// # Errors
+    /// When Raft stopped by itself, mostly because the disk failed.
+    pub async fn run(&self) -> Result<(), LeadError> {
+        let fatal = tokio::select! {
+            () = self.shutdown.cancelled() => None,
+            fatal = watch_raft(&self.lead) => Some(fatal),
+        };
+        self.shutdown.cancel();
+        end(&self.lead, &self.tasks).await;
+        fatal.map_or(Ok(()), |fatal| Err(LeadError::Stopped(fatal)))
+    }
+}
+
+/// Says who leads, whenever that changes; returns why Raft stopped, when it did.
+async fn watch_raft(lead: &Lead) -> String {
+    let mut metrics = lead.raft.metrics();
+    let mut known = None;
+    loop {
+        let (leader, term, state) = {
+            let metrics = metrics.borrow_and_update();
+            let state = metrics.running_state.clone();
+            (metrics.current_leader, metrics.current_term, state)
+        };
+        if let Err(fatal) = state {
+            return fatal.to_string();
+        }
+        if leader.is_some() && known != Some((leader, term)) {
+            known = Some((leader, term));
+            let leader = lead.leader().map(|(_, member)| member.name);
+            tracing::info!(leader, term, "a leader is elected");
+        }
+        if metrics.changed().await.is_err() {
+            return "its core ended".to_owned();
+        }
+    }
+}
+
+async fn until(shutdown: CancellationToken, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = work => {}
+        () = shutdown.cancelled() => {}
+    }
+}
+
+async fn end(lead: &Lead, tasks: &TaskTracker) {
+    tasks.close();
+    if tokio::time::timeout(END, tasks.wait()).await.is_err() {
+        tracing::warn!("some tasks did not end in time");
+    }
+    if let Err(error) = lead.raft.shutdown().await {
+        tracing::warn!(%error, "raft did not end well");
+    }
+    tracing::info!(name = lead.name, "lead stopped");
+}

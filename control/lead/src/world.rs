@@ -1,0 +1,121 @@
+//! What a lead finds around it: a disk, a way to the other leads, the time of day.
+//!
+//! ```text
+//!  Running --+-- Storage   a folder of the machine's     | what a simulation calls a disk
+//!            +-- Wire      HTTP/2 over TLS to their doors | what a simulation calls a network
+//!            '-- Clock     the system's                   | one that jumps
+//! ```
+//!
+//! Timers and the monotonic clock are tokio's, which a simulation stops by itself. What goes over these seams
+//! (pages of redb, requests to a door) is the same on both sides.
+
+use std::{
+    fmt,
+    future::Future,
+    net::SocketAddr,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use redb::{Builder, Database};
+
+use crate::{dial::DialError, raft::DiskError};
+
+/// A boxed future.
+pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Where the database lies, and how its writes are waited for; shown as the place that it is.
+pub trait Storage: fmt::Debug + fmt::Display + Send + Sync {
+    /// Opens the database, making it where it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made, or is not a sound database.
+    fn open(&self, builder: &Builder) -> Result<Database, DiskError>;
+
+    /// Runs work that waits for the disk.
+    fn run(&self, work: Box<dyn FnOnce() + Send>) -> Boxed<'static, ()>;
+}
+
+/// The way to the other leads.
+pub trait Wire: fmt::Debug + Send + Sync {
+    /// Sends a request to the door of lead `name` and reads the whole answer.
+    fn exchange(
+        &self,
+        name: &str,
+        address: SocketAddr,
+        request: Request<Bytes>,
+    ) -> Boxed<'_, Result<(StatusCode, Bytes), DialError>>;
+}
+
+/// The time of day, milliseconds since the Unix epoch.
+#[derive(Clone)]
+pub struct Clock(Arc<dyn Fn() -> u64 + Send + Sync>);
+
+impl Clock {
+    /// A clock that shows what `now_ms` says.
+    pub fn new(now_ms: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self(Arc::new(now_ms))
+    }
+
+    /// What it shows.
+    pub(crate) fn now_ms(&self) -> u64 {
+        (self.0)()
+    }
+}
+
+impl Default for Clock {
+    /// The system's.
+    fn default() -> Self {
+        Self::new(|| {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH);
+            since.map_or(0, |since| {
+                u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+            })
+        })
+    }
+}
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Clock").field(&self.now_ms()).finish()
+    }
+}
+
+/// All of it.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// The disk.
+    pub storage: Arc<dyn Storage>,
+    /// The network.
+    pub wire: Arc<dyn Wire>,
+    /// The clock.
+    pub clock: Clock,
+}
+
+/// A folder of the machine's, with the database `lead.redb`.
+#[derive(Clone, Debug)]
+pub(crate) struct Folder(pub(crate) PathBuf);
+
+impl fmt::Display for Folder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
+
+impl Storage for Folder {
+    fn open(&self, builder: &Builder) -> Result<Database, DiskError> {
+        std::fs::create_dir_all(&self.0).map_err(DiskError::Folder)?;
+        Ok(builder.create(self.0.join("lead.redb"))?)
+    }
+
+    fn run(&self, work: Box<dyn FnOnce() + Send>) -> Boxed<'static, ()> {
+        Box::pin(async {
+            // Work that died has not answered, which is how its asker knows.
+            let _ = tokio::task::spawn_blocking(work).await;
+        })
+    }
+}
