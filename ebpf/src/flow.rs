@@ -132,7 +132,7 @@ pub(crate) fn forget_datagrams(config: &Config, key: &FlowKey, entry: Entry) {
 fn forget(table: Table, config: &Config, key: &FlowKey, entry: Entry) -> bool {
     let reverse = reverse_key(config, key, entry.flow());
     if let Some(other) = table.get(&reverse)
-        && belongs_to(other.flow(), key)
+        && belongs_to(other.flow(), key, entry.flow())
     {
         table.remove(&reverse);
     }
@@ -146,12 +146,14 @@ fn tell_closed(endpoint: u32, kind: usize) {
     }
 }
 
-/// Whether a reverse entry is of the flow with this forward key.
+/// Whether a reverse entry is of the flow with this forward entry. A pod that is its own backend and the host that
+/// calls that pod are both answered at the node endpoint: only what the entries say tells them apart.
 #[inline(always)]
-pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey) -> bool {
+pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey, forward: &Flow) -> bool {
     reverse.addr == key.dst
         && reverse.port_be == key.dport_be
         && reverse.client_port_be == key.sport_be
+        && (reverse.flags ^ forward.flags) & FLOW_HAIRPIN == 0
 }
 
 /// Puts a connection that opens, or is over, behind the others that give way.
@@ -190,7 +192,7 @@ fn give_way(config: &Config) -> bool {
 #[inline(never)]
 pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Result<(), Reason> {
     match Table::Connections.get(&reverse_key(config, key, forward.flow())) {
-        Some(reverse) if belongs_to(reverse.flow(), key) => {
+        Some(reverse) if belongs_to(reverse.flow(), key, forward.flow()) => {
             if reverse.flags() & FLOW_SYN_ACK != 0 {
                 reverse.set(FLOW_ESTABLISHED);
                 forward.set(FLOW_ESTABLISHED | FLOW_SYN_ACK);

@@ -365,4 +365,5 @@ fn is_ours(owner: &Flow, reverse: &Flow) -> bool {
     owner.addr == reverse.addr
         && owner.port_be == reverse.port_be
         && owner.client_port_be == reverse.client_port_be
+        && (owner.flags ^ reverse.flags) & FLOW_HAIRPIN == 0
 }

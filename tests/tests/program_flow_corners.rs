@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use ebpf_common::{
-    addr::Policy,
+    addr::{NODE_ENDPOINT, Policy},
     layout::{
         ACCOUNT_DATAGRAM, BACKEND_DRAINING, Backend, FLOW_ESTABLISHED, FLOW_REVERSE, VIP_FOLLOW,
     },
@@ -59,6 +59,39 @@ fn two_pods_with_equal_ports_are_told_apart() {
             assert_eq!(stage.deliver(3, &answer), (number, heard));
         }
         assert_eq!(stage.node.flows("FLOWS").len(), 4);
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_pod_that_calls_itself_and_the_host_that_calls_it_are_told_apart_with_equal_ports() {
+    for family in Family::BOTH {
+        let node = (endpoint_address(family, NODE, NODE_ENDPOINT), 40_000);
+        let own = (endpoint_address(family, NODE, 3), 40_000);
+        for order in [
+            [(3, own), (NODE_ENDPOINT, node)],
+            [(NODE_ENDPOINT, node), (3, own)],
+        ] {
+            let mut stage = Stage::default();
+            point_to(&mut stage, 3);
+            let seen = order.map(|(number, from)| {
+                let to_vip = |flags| Packet::tcp(from, vip(family, 5), flags, number, 1);
+                let datagram = Packet::udp(from, vip(family, 5), b"?");
+                [to_vip(SYN), datagram].map(|sent| {
+                    let (to, seen) = stage.deliver(number, &sent);
+                    assert_eq!(
+                        (to, seen.src),
+                        (3, node.0),
+                        "both come from the node endpoint"
+                    );
+                    (number, sent, seen)
+                })
+            });
+            for (number, sent, seen) in seen.as_flattened() {
+                let heard = stage.deliver(3, &seen.mirrored());
+                assert_eq!(heard, (*number, sent.mirrored()));
+            }
+        }
     }
 }
 

@@ -27,7 +27,7 @@ const CHAIN: usize = 256;
 /// Bytes that are looked at from an IP header on, at most.
 pub(crate) const DEEPEST: usize = IPV6_LEN + CHAIN + TCP_LEN;
 /// No offset of a header is larger: a chain in the quote of an ICMP error that comes with a chain itself.
-pub(super) const FURTHEST: usize = 0x3ff;
+pub(crate) const FURTHEST: usize = 0x3ff;
 const _: () = assert!(14 + IPV6_LEN + CHAIN + ICMP_LEN + IPV6_LEN + CHAIN <= FURTHEST);
 
 /// IPv4 options (IANA): end of list, no operation, loose and strict source route.

@@ -14,7 +14,7 @@ use crate::{
         ICMP_LEN, ICMP4_TIME_EXCEEDED, ICMP4_UNREACHABLE, ICMP6_TIME_EXCEEDED, ICMP6_TOO_BIG,
         ICMP6_UNREACHABLE, Icmp,
     },
-    parse::{Family, Packet, QUOTE_MOST},
+    parse::{Family, Packet, QUOTE_MOST, odd},
     skb::{Skb, sum_of},
 };
 
@@ -107,10 +107,13 @@ pub(super) fn quote(
     error: Error,
 ) -> Option<()> {
     let family = packet.family;
-    let len = packet.l4().wrapping_sub(l2).wrapping_add(QUOTED);
-    if !(QUOTED..=QUOTE_MOST).contains(&len) {
+    // Masked, the length is a value of its own: verifiers before Linux 6.10 do not take the bound of one register to
+    // what the compiler makes of another.
+    let headers = packet.l4().wrapping_sub(l2) & odd::FURTHEST;
+    if headers > QUOTE_MOST - QUOTED {
         return None;
     }
+    let len = headers + QUOTED;
     let quote = packet.quote.get_mut(..len)?;
     skb.load(l2, quote)?;
     let icmp = l2 + family.len();
