@@ -11,6 +11,7 @@ use aya_ebpf::{
 use ebpf_common::{
     layout::{Count, FLOW_REVERSE, RefusedKey},
     reason::Reason,
+    splice::Splice,
 };
 
 use crate::{maps, parse::Packet, skb::Skb};
@@ -38,6 +39,24 @@ pub(crate) fn passed(skb: &Skb, l2: usize, packet: &Packet) {
         let count = unsafe { &mut *count };
         let direction = usize::from(is_reverse);
         count.packets[direction] += packets;
+        count.bytes[direction] += bytes;
+    }
+}
+
+/// Counts a message that went from one pod into the other's receive queue, as one packet.
+#[inline(always)]
+pub(crate) fn handed_over(splice: &Splice, bytes: u64) {
+    let is_reverse = splice.direction == u32::from(FLOW_REVERSE);
+    for count in [
+        VIP_COUNTS.get_ptr_mut(splice.counter),
+        BACKEND_COUNTS.get_ptr_mut(splice.backend),
+    ] {
+        let Some(count) = count else { continue };
+        let direction = usize::from(is_reverse);
+        // SAFETY: the pointer is to this CPU's own element. This runs within a system call: a packet's program that comes
+        // between the reading and the writing of a word, a few nanoseconds, is not counted.
+        let count = unsafe { &mut *count };
+        count.packets[direction] += 1;
         count.bytes[direction] += bytes;
     }
 }

@@ -35,6 +35,7 @@ mod parse;
 mod pod;
 mod refuse;
 mod skb;
+mod splice;
 mod translate;
 mod tunnel;
 mod vip;

@@ -290,6 +290,10 @@ impl Attachments {
                     host_mac: attachment.host_mac.octets(),
                     addr6: attachment.addr6,
                     addr4: attachment.addr4,
+                    service: attachment
+                        .instance
+                        .as_ref()
+                        .map(|instance| instance.service.clone()),
                 })
             })
             .collect()

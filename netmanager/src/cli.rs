@@ -105,6 +105,10 @@ struct Run {
     /// Declared ports in all, by address, and one more for each address.
     #[arg(long, default_value_t = 16_384, value_parser = size(64..=4_194_304))]
     vips: u32,
+    /// Splice connections within the node between services that ask for it: a folder of the cgroup v2 hierarchy that
+    /// holds the pods. Nothing is spliced without it.
+    #[arg(long)]
+    splice_cgroup: Option<PathBuf>,
 }
 
 /// A map's size, which must be in `range`.
@@ -246,6 +250,7 @@ impl Run {
                 vips: self.vips,
                 flows: self.flows,
             },
+            splice: self.splice_cgroup,
             quota: self.flows_per_endpoint,
             endpoint_names: (self.endpoint_device, gate),
             tunnel: TunnelSettings {

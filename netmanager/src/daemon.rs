@@ -71,6 +71,8 @@ pub struct Settings {
     pub hook: Option<HookMode>,
     /// Sizes of new maps.
     pub sizes: Sizes,
+    /// The cgroup v2 folder whose processes' connections may be spliced.
+    pub splice: Option<PathBuf>,
     /// How many TCP connections a pod may have, and half as many UDP flows; 0 is no limit.
     pub quota: u32,
     /// Names of the two ends of the node endpoint: the one with the addresses, the one with the program.
@@ -138,6 +140,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         bpffs: settings.bpffs.clone(),
         mode,
         sizes: settings.sizes,
+        splice: settings.splice.clone(),
     })?;
     let links = Links::connect()?;
     let mtu = u32::from(mtu_over(

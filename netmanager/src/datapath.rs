@@ -22,6 +22,7 @@ mod accounts;
 mod batch;
 mod bpf;
 mod bpffs;
+mod btf;
 mod carry;
 mod counts;
 mod live;
@@ -31,6 +32,7 @@ mod peers;
 mod preflight;
 mod raw;
 mod reasons;
+mod splice;
 mod stem;
 mod tables;
 mod takeover;
@@ -44,6 +46,7 @@ pub use log::{FlowLog, LogCounters, LogCounts};
 pub use peers::Peers;
 pub use preflight::{Preflight, preflight};
 pub use reasons::Reasons;
+pub use splice::SpliceError;
 pub use takeover::hand_back;
 
 /// Which program a link carries.

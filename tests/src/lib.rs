@@ -7,6 +7,7 @@
 
 pub mod binary;
 pub mod capture;
+pub mod cgroup;
 pub mod mesh;
 pub mod netns;
 pub mod program;
@@ -16,5 +17,6 @@ pub mod traffic;
 pub mod wait;
 
 pub use binary::binary;
+pub use cgroup::Cgroup;
 pub use netns::{Netns, Process};
 pub use wait::wait_for;

@@ -217,6 +217,7 @@ impl Mesh {
             },
             peers: peers.map(|peer| self.peer(peer)).collect(),
             services: services.to_vec(),
+            spliced: Vec::new(),
         }
     }
 

@@ -45,6 +45,7 @@ fn table(index: u64) -> Table {
         },
         peers: Vec::new(),
         services: Vec::new(),
+        spliced: Vec::new(),
     }
 }
 

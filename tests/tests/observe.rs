@@ -69,6 +69,7 @@ impl Pinned {
                 vips: 16,
                 flows: 64,
             },
+            splice: None,
         };
         let datapath = BpfDatapath::open(&options).unwrap();
         Self { datapath, folder }

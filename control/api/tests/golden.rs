@@ -186,6 +186,7 @@ fn what_a_lead_says_has_a_golden_file() {
         },
         peers: Vec::new(),
         services: Vec::new(),
+        spliced: Vec::new(),
     };
     let tables = BTreeMap::from([("edge-1".to_owned(), table)]);
     golden("to_agent_tables", &ToAgent::Tables(tables));

@@ -115,6 +115,9 @@ pub struct Service {
     pub vips: BTreeMap<PolicyName, Vec<IpAddr>>,
     /// Where its users call from.
     pub ingress: Vec<Ingress>,
+    /// Whether its connections to services on the same node that ask for it too bypass TCP.
+    #[serde(default)]
+    pub splice: bool,
 }
 
 /// A declared port.

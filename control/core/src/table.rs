@@ -53,6 +53,9 @@ pub struct NodeTable {
     pub peers: Vec<Peer>,
     /// The services that this node's endpoints may call.
     pub services: Vec<Service>,
+    /// The services with instances on this node whose connections within the node may be spliced.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spliced: Vec<ServiceName>,
 }
 
 /// Another node.
@@ -140,6 +143,7 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTab
         carbon_g_kwh: carbon(here),
         peers: peers(kb, (cluster, node), &services),
         services,
+        spliced: here_and_spliced(kb, cluster, node),
     })
 }
 
@@ -181,8 +185,15 @@ fn granted_services(
 fn callable(kb: &KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<ServiceName> {
     let to_hosts = |grantee: &Grantee| *grantee == Grantee::HostsOf(cluster.clone());
     let mut services = granted_services(kb, to_hosts);
-    let callers: BTreeSet<&ServiceName> = kb
-        .slots
+    for caller in services_on(kb, cluster, node) {
+        services.extend(callable_from(kb, caller));
+    }
+    services
+}
+
+/// The services with instances on a node.
+fn services_on<'a>(kb: &'a KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<&'a ServiceName> {
+    kb.slots
         .iter()
         .filter(|(_, bindings)| {
             bindings
@@ -190,11 +201,16 @@ fn callable(kb: &KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<ServiceN
                 .any(|binding| binding.cluster == *cluster && binding.node == node)
         })
         .map(|(slot, _)| &slot.service)
-        .collect();
-    for caller in callers {
-        services.extend(callable_from(kb, caller));
-    }
-    services
+        .collect()
+}
+
+/// Those of them that ask to be spliced.
+fn here_and_spliced(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Vec<ServiceName> {
+    services_on(kb, cluster, node)
+        .into_iter()
+        .filter(|name| kb.goal(name).is_some_and(|goal| goal.splice))
+        .cloned()
+        .collect()
 }
 
 /// The nodes whose tables hold `service`, by cluster and name.

@@ -111,7 +111,8 @@ fn awaited_revision(base: &KnowledgeBase) -> Option<wire::Revision> {
 
 /// Whether two tables differ in more than their revision.
 fn differs(a: &wire::Table, b: &wire::Table) -> bool {
-    (&a.mesh, &a.node, &a.peers, &a.services) != (&b.mesh, &b.node, &b.peers, &b.services)
+    (&a.mesh, &a.node, &a.peers, &a.services, &a.spliced)
+        != (&b.mesh, &b.node, &b.peers, &b.services, &b.spliced)
 }
 
 fn revision_to_wire(revision: table::Revision) -> wire::Revision {
@@ -137,6 +138,7 @@ fn to_wire(table: NodeTable) -> wire::Table {
         },
         peers: table.peers.into_iter().map(peer_to_wire).collect(),
         services: table.services.into_iter().map(service_to_wire).collect(),
+        spliced: table.spliced.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -168,6 +168,8 @@ pub struct Config {
 
 /// Delivery of this endpoint is a plain redirect to `ifindex` (the node endpoint); else redirect to its peer.
 pub const ENDPOINT_PLAIN_REDIRECT: u32 = 1;
+/// Its service asked that its connections within the node be spliced.
+pub const ENDPOINT_SPLICE: u32 = 2;
 
 /// One attached interface: what stands behind a host-side link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

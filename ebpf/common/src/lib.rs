@@ -6,7 +6,8 @@
 //! - [`addr`]: the semantic address codec (an address says mesh, kind, policy and number);
 //! - [`layout`]: the bytes of every map key and value, under one [`layout::LAYOUT_VERSION`];
 //! - [`mod@pick`]: how a flow is hashed and a slot is chosen;
-//! - [`reason`]: why a packet was dropped or answered.
+//! - [`reason`]: why a packet was dropped or answered;
+//! - [`splice`]: the bytes of the maps by which connections within a node are spliced.
 //!
 //! It does *not* read a packet: parsing and rewriting live with the programs.
 #![cfg_attr(not(test), no_std)]
@@ -16,3 +17,4 @@ pub mod addr;
 pub mod layout;
 pub mod pick;
 pub mod reason;
+pub mod splice;

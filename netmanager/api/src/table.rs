@@ -44,6 +44,9 @@ pub struct Table {
     pub peers: Vec<Peer>,
     /// The services that this node's endpoints may call.
     pub services: Vec<Service>,
+    /// The services with instances on this node whose connections within the node may be spliced.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spliced: Vec<String>,
 }
 
 /// This node, as the leads know it.

@@ -134,6 +134,7 @@ fn the_table_is_written_as_before() {
                 backend(2, BackendState::Probing),
             ],
         }],
+        spliced: vec!["shop/web/front".into()],
     };
     golden("to_node_table", &ToNode::Table(Box::new(table)));
     let conditions = Conditions {

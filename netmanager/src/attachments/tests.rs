@@ -19,6 +19,7 @@ fn table(blocks4: &[&str]) -> Table {
         },
         peers: Vec::new(),
         services: Vec::new(),
+        spliced: Vec::new(),
     }
 }
 

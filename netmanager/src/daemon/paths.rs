@@ -127,6 +127,7 @@ mod tests {
             },
             peers: peers.into(),
             services: Vec::new(),
+            spliced: Vec::new(),
         };
         let mesh = Mesh6::new(prefix6.network().to_bits()).unwrap();
         let found = entries(mesh, &table, &BTreeMap::from([(8, 1340), (9, 1300)]));

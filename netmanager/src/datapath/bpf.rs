@@ -33,11 +33,15 @@ use super::{
     Reasons, bpffs,
     live::Live,
     object::{MAPS, open_map, program_error, take_over_dispatcher},
+    splice,
     stem::{self, PROGRAMS},
     tables::Tables,
     takeover,
 };
-use crate::plan::{Capacity, KernelState, Op};
+use crate::{
+    follow::chain,
+    plan::{Capacity, KernelState, Op},
+};
 
 /// Priority and handle of the classifier where there is no TCX; fixed, so that a restart finds its own.
 const CLSACT_PRIORITY: u16 = 0x5746;
@@ -76,6 +80,8 @@ pub struct Options {
     pub mode: HookMode,
     /// Sizes of the maps; what is in maps of other sizes is moved.
     pub sizes: Sizes,
+    /// The cgroup v2 folder whose processes' connections may be spliced; `None` splices none.
+    pub splice: Option<PathBuf>,
 }
 
 /// See the module.
@@ -121,6 +127,18 @@ impl BpfDatapath {
             let (dispatcher, _, _) = hook.names();
             let pin = stem::dispatcher(&bpffs, dispatcher);
             dispatchers.insert(hook, take_over_dispatcher(&mut object, dispatcher, &pin)?);
+        }
+        match &options.splice {
+            None => splice::stop(&bpffs, &maps)?,
+            Some(cgroup) => match splice::start(&mut object, (&bpffs, &maps), cgroup) {
+                Ok(()) => tracing::info!(cgroup = %cgroup.display(), "splicing within the node"),
+                // What is not spliced goes by TCP, as ever.
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "connections are not spliced");
+                    // What a predecessor left would go by tables that nobody keeps.
+                    splice::stop(&bpffs, &maps)?;
+                }
+            },
         }
         Ok(Self {
             mode: options.mode,

@@ -7,9 +7,12 @@ use aya::{
     maps::{Map, MapData, MapError},
     programs::{ProgramError, SchedClassifier},
 };
-use ebpf_common::layout::{
-    Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
-    LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
+use ebpf_common::{
+    layout::{
+        Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+        LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
+    },
+    splice::{Half, Offsets, Splice},
 };
 
 use super::{
@@ -30,7 +33,7 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 22] = [
+pub(super) const MAPS: [(&str, usize, usize); 26] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -53,6 +56,10 @@ pub(super) const MAPS: [(&str, usize, usize); 22] = [
     ("LOG_CONFIG", 4, size_of::<LogConfig>()),
     ("LOG_STATE", 4, size_of::<LogState>()),
     ("PROGRAMS", 4, 4),
+    ("SPLICES", 8, size_of::<Splice>()),
+    ("SPLICE_HALVES", size_of::<FlowKey>(), size_of::<Half>()),
+    ("SPLICE_SOCKETS", 8, 4),
+    ("SPLICE_OFFSETS", 4, size_of::<Offsets>()),
 ];
 
 /// How many entries a map should have, where that is configured.

@@ -1,6 +1,6 @@
 //! The layout's types as the plain bytes that maps hold.
 
-use ebpf_common::layout;
+use ebpf_common::{layout, splice};
 
 /// A layout type, so that it can be `Pod` (neither the trait nor the types are ours to join).
 #[derive(Clone, Copy)]
@@ -8,13 +8,14 @@ use ebpf_common::layout;
 pub(super) struct Raw<T>(pub(super) T);
 
 macro_rules! plain {
-    ($($name:ident),*) => {$(
+    ($module:ident: $($name:ident),*) => {$(
         // SAFETY: `repr(transparent)` over a `repr(C)` struct of integers without padding (asserted by size in
-        // `ebpf_common::layout`), so every byte is initialized and every bit pattern is a value.
-        unsafe impl aya::Pod for Raw<layout::$name> {}
+        // `ebpf_common`), so every byte is initialized and every bit pattern is a value.
+        unsafe impl aya::Pod for Raw<$module::$name> {}
     )*};
 }
 plain!(
-    Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, LogConfig, LogState, Peer,
+    layout: Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, LogConfig, LogState, Peer,
     RefusedKey, Settled, Vip, VipKey
 );
+plain!(splice: Offsets);

@@ -42,6 +42,7 @@ use super::{
         program_error,
     },
     raw::Raw,
+    splice,
     stem::{self, PROGRAMS},
 };
 use crate::follow::chain;
@@ -220,6 +221,7 @@ pub fn hand_back(bpffs: &Path) -> Result<(), DatapathError> {
     }
     let target = Set::of(bpffs, PREVIOUS, "maps");
     let sizes = source.sizes()?;
+    splice::stop(bpffs, &source.maps)?;
     move_to(bpffs, OBJECT_1, (&source, &target), &sizes)?;
     bpffs::remove(&bpffs.join(format!("v{LAYOUT_VERSION}")))?;
     stem::ensure(bpffs)

@@ -7,8 +7,8 @@ use std::{
 };
 
 use ebpf_common::layout::{
-    self, Addr, BACKEND_DRAINING, BACKEND_LIVE, ENDPOINT_PLAIN_REDIRECT, PROTO_ICMP, PROTO_ICMP6,
-    PROTO_TCP, PROTO_UDP, VIP_FOLLOW, VIP_ITSELF_PORT, VipKey,
+    self, Addr, BACKEND_DRAINING, BACKEND_LIVE, ENDPOINT_PLAIN_REDIRECT, ENDPOINT_SPLICE,
+    PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP, VIP_FOLLOW, VIP_ITSELF_PORT, VipKey,
 };
 use netmanager_api::table::{self, BackendState, Protocol, Table};
 
@@ -61,6 +61,8 @@ pub struct PodEndpoint {
     pub addr6: Ipv6Addr,
     /// Its IPv4 address.
     pub addr4: Option<Ipv4Addr>,
+    /// The service that it is an instance of, if any.
+    pub service: Option<String>,
 }
 
 /// The tunnel device.
@@ -114,12 +116,20 @@ pub(super) fn endpoints(inputs: &Inputs<'_>) -> impl Iterator<Item = layout::End
         host_mac: node.host_mac,
         pad: 0,
     };
-    let pods = inputs.pods.iter().map(|pod| layout::Endpoint {
+    let asks_splicing = move |pod: &PodEndpoint| {
+        let service = pod.service.as_ref();
+        service.is_some_and(|service| inputs.table.spliced.contains(service))
+    };
+    let pods = inputs.pods.iter().map(move |pod| layout::Endpoint {
         addr6: addr(pod.addr6),
         addr4: addr_v4(pod.addr4),
         number: pod.number,
         ifindex: pod.ifindex,
-        flags: 0,
+        flags: if asks_splicing(pod) {
+            ENDPOINT_SPLICE
+        } else {
+            0
+        },
         quota: inputs.quota,
         mac: pod.mac,
         host_mac: pod.host_mac,

@@ -80,6 +80,7 @@ fn table(backends: Vec<table::Backend>) -> Table {
             }],
             backends,
         }],
+        spliced: Vec::new(),
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
 use ebpf_common::addr::{Mesh4, Mesh6, Name4, Name6, Policy};
 use netmanager_api::{
     cni::{AttachmentKey, PodRef, Refused, Reply, Request, Reserve, Reserved},
+    stream::InstanceRef,
     table::{
         Backend, BackendState, Mesh, Node as TableNode, PolicyName, Port, Protocol, Revision,
         Service, Table, Vip,
@@ -84,6 +85,7 @@ pub(crate) fn table_of(number: u32, index: u64, backends: Vec<Backend>) -> Table
             ],
             backends,
         }],
+        spliced: Vec::new(),
     }
 }
 
@@ -351,6 +353,11 @@ impl Node {
 
     /// A pod that is attached as the CNI plugin does it.
     pub(crate) fn attach(&self, name: &str) -> Pod {
+        self.attach_as(name, None)
+    }
+
+    /// A pod that is an instance of a service.
+    pub(crate) fn attach_as(&self, name: &str, instance: Option<InstanceRef>) -> Pod {
         let netns = Netns::new(&format!("p{name}")).unwrap();
         let key = AttachmentKey {
             network: "weft".into(),
@@ -364,7 +371,7 @@ impl Node {
                 name: name.into(),
                 ..PodRef::default()
             },
-            instance: None,
+            instance,
             mac: None,
         };
         let reserved = match self.ask(&Request::Reserve(wish)) {

@@ -140,6 +140,7 @@ fn tables(index: u64) -> ToAgent {
         },
         peers: Vec::new(),
         services: Vec::new(),
+        spliced: Vec::new(),
     };
     ToAgent::Tables(BTreeMap::from([
         ("n1".to_owned(), table(1)),

@@ -206,6 +206,7 @@ impl Check {
             policies,
             vips,
             ingress,
+            splice: document.splice,
         })
     }
 

@@ -108,6 +108,13 @@ pub(super) struct ServiceDoc {
     /// Where its users call from.
     #[serde(default)]
     pub(super) ingress: Vec<IngressDoc>,
+    /// Let its connections to services on the same node that set it too bypass TCP: faster for requests and answers,
+    /// but only for programs that wait in poll or epoll (a blocking recv may say EAGAIN) and use neither splice(2) out
+    /// of a connection (Go's io.Copy between two does: what it forwards is lost), MSG_WAITALL, SO_RCVLOWAT,
+    /// MSG_ZEROCOPY, urgent data nor TLS of the kernel. Nothing is spliced unless the operator of the nodes names a
+    /// cgroup. See docs/datapath.md, Splice.
+    #[serde(default)]
+    pub(super) splice: bool,
 }
 
 /// A declared port.

@@ -108,3 +108,16 @@ fn a_cluster_whose_prefixes_collide_is_reached_by_ipv6_only() {
         "{why}"
     );
 }
+
+#[test]
+fn a_node_knows_which_of_its_services_ask_to_be_spliced() {
+    let mut world = World::new();
+    let asking = SHOP.replace("command: [client]", "command: [client]\n      splice: true");
+    world.apply(&asking).unwrap();
+    world.settle();
+    let (cluster, node) = node_of(&world, "default/shop/client");
+    let spliced = |world: &World| project(&world.kb, &cluster, &node).unwrap().spliced;
+    assert_eq!(spliced(&world), [service("default/shop/client")]);
+    world.apply(SHOP).unwrap();
+    assert_eq!(spliced(&world), []);
+}

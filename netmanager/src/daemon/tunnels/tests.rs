@@ -81,6 +81,7 @@ fn table(peers: &[u32]) -> Arc<Table> {
             })
             .collect(),
         services: Vec::new(),
+        spliced: Vec::new(),
     })
 }
 

@@ -45,6 +45,7 @@ fn table(peers: Vec<Peer>) -> Table {
         },
         peers,
         services: Vec::new(),
+        spliced: Vec::new(),
     }
 }
 

@@ -122,6 +122,7 @@ impl Bench {
             Case::vip(&self.binaries)?,
             Case::iptables()?,
             Case::nftables()?,
+            Case::spliced(&self.binaries)?,
         ];
         let metrics = [
             Metric::Throughput,

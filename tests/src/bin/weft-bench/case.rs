@@ -1,15 +1,17 @@
 //! The cases on one node: Weft's own, a direct route, and kube-proxy's ways, each with two pods on a node of its own.
 
 use std::{
+    ffi::OsStr,
     net::{IpAddr, Ipv4Addr},
     path,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
-use weft_tests::{Netns, netns::NetnsError, topology};
+use weft_tests::{Cgroup, Netns, netns::NetnsError, topology};
 
 use crate::{
-    load::{Family, Metric, Path},
+    load::{self, Family, Metric, Path},
     mesh::{self, Machine},
     tunnel::Plain,
 };
@@ -19,6 +21,7 @@ const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 
 pub(crate) const DIRECT: &str = "direct route";
 pub(crate) const VIP: &str = "same-node vip";
+pub(crate) const SPLICED: &str = "same-node vip spliced";
 pub(crate) const IPTABLES: &str = "iptables dnat";
 pub(crate) const NFTABLES: &str = "nftables dnat";
 
@@ -33,6 +36,7 @@ pub(crate) struct Case {
     pub(crate) server: Netns,
     pub(crate) nodes: Vec<Netns>,
     pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) cgroup: Option<Cgroup>,
 }
 
 impl Case {
@@ -49,24 +53,61 @@ impl Case {
 
     /// A node with its NetManager, and a VIP between two of its pods.
     pub(crate) fn vip(binaries: &path::Path) -> Result<Self> {
+        Self::by_vip(VIP, binaries, None)
+    }
+
+    /// The same between services that asked to be spliced.
+    pub(crate) fn spliced(binaries: &path::Path) -> Result<Self> {
+        let cgroup = Cgroup::new("bench").context("failed to make a cgroup")?;
+        Self::by_vip(SPLICED, binaries, Some(cgroup))
+    }
+
+    fn by_vip(name: &'static str, binaries: &path::Path, cgroup: Option<Cgroup>) -> Result<Self> {
         let (node, [client, server]) = machines("vip")?;
         // An underlay as other nodes have it: its MTU is what the pods' is made of.
         node.ip("link add up0 type veth peer name up1")?;
         node.ip("link set up1 up")?;
-        let mut machine = Machine::start(node, 1, binaries)?;
-        machine.attach(&client, "")?;
+        let options: Vec<&OsStr> = cgroup
+            .iter()
+            .flat_map(|cgroup| ["--splice-cgroup".as_ref(), cgroup.path().as_os_str()])
+            .collect();
+        let mut machine = Machine::start_with(node, 1, binaries, &options)?;
+        machine.attach(&client, &mesh::caller())?;
         let backend = machine.attach(&server, &mesh::identity())?;
         machine.follow(&[(1, backend)], &[])?;
         machine.wait_reached(&client, &server)?;
         Ok(Self {
-            name: VIP,
+            name,
             machines: vec![machine],
             _plains: vec![],
             client,
             server,
             nodes: vec![],
             addresses: mesh::vips(),
+            cgroup,
         })
+    }
+
+    /// Loads the case; its sockets are made in its cgroup, where it has one. `None` where it does not carry that.
+    pub(crate) fn measure(
+        &self,
+        metric: Metric,
+        family: Family,
+        time: Duration,
+    ) -> Result<Option<f64>> {
+        let Some(path) = self.path(family) else {
+            return Ok(None);
+        };
+        let Some(cgroup) = &self.cgroup else {
+            return load::measure(&path, metric, time).map(Some);
+        };
+        if metric == Metric::Datagrams {
+            return Ok(None);
+        }
+        cgroup.enter().context("failed to enter the cgroup")?;
+        let value = load::measure(&path, metric, time);
+        cgroup.leave().context("failed to leave the cgroup")?;
+        value.map(Some)
     }
 
     /// Each pod on a veth pair of its own, the node routes between them, and nothing else is there.
@@ -83,6 +124,7 @@ impl Case {
             server,
             nodes: vec![node],
             addresses: pod_addresses(2),
+            cgroup: None,
         })
     }
 
@@ -133,6 +175,7 @@ impl Case {
             server,
             nodes: vec![node],
             addresses: vec![SERVICE.into()],
+            cgroup: None,
         })
     }
 }

@@ -73,6 +73,7 @@ pub(crate) const VIP: &[Gate] = &[
     at_least(case::VIP, Metric::RequestResponse, case::DIRECT, 1.00),
     at_least(case::VIP, Metric::Connections, case::DIRECT, 1.00),
     at_least(case::VIP, Metric::Connections, case::NFTABLES, 1.15),
+    at_least(case::SPLICED, Metric::RequestResponse, case::DIRECT, 1.50),
     UDP,
 ];
 

@@ -2,6 +2,7 @@
 //! plugin.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     net::{IpAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
@@ -23,7 +24,7 @@ mod cni;
 mod table;
 
 pub(crate) use cni::Addresses;
-pub(crate) use table::{identity, vips};
+pub(crate) use table::{caller, identity, vips};
 
 /// UDP port of the tunnels; in a namespace of its own any port is free.
 const TUNNEL_PORT: u16 = 27_460;
@@ -50,6 +51,16 @@ pub(crate) fn underlay(number: u8) -> IpAddr {
 impl Machine {
     /// Starts the NetManager of node `number` over the link `up0` and waits until pods can be attached.
     pub(crate) fn start(netns: Netns, number: u8, binaries: &Path) -> Result<Self> {
+        Self::start_with(netns, number, binaries, &[])
+    }
+
+    /// The same with further options.
+    pub(crate) fn start_with(
+        netns: Netns,
+        number: u8,
+        binaries: &Path,
+        options: &[&OsStr],
+    ) -> Result<Self> {
         let binaries = fs::canonicalize(binaries)
             .with_context(|| format!("failed to find {}", binaries.display()))?;
         netns.ip("link set up0 up")?;
@@ -73,6 +84,7 @@ impl Machine {
                 .arg(dir.join("cni.sock"))
                 .arg("--bpffs")
                 .arg(dir.join("bpf"))
+                .args(options)
                 .stdout(Stdio::null())
                 .stderr(log),
         )?;

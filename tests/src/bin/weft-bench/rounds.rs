@@ -8,7 +8,7 @@ use anyhow::Result;
 use crate::{
     case::Case,
     figures::{Figures, Series},
-    load::{Family, Metric, measure},
+    load::{Family, Metric},
     statistics::Program,
 };
 
@@ -47,10 +47,9 @@ impl Rounds {
             for (metric, family) in pairs(metrics) {
                 for turn in 0..cases.len() {
                     let case = &cases[(round + turn) % cases.len()];
-                    let Some(path) = case.path(family) else {
+                    let Some(value) = case.measure(metric, family, self.time)? else {
                         continue;
                     };
-                    let value = measure(&path, metric, self.time)?;
                     let series = Series {
                         metric: metric.name(),
                         family,
@@ -74,12 +73,9 @@ impl Rounds {
             for (metric, family) in pairs(metrics) {
                 for turn in 0..watched.len() {
                     let Watched { case, programs } = &watched[(round + turn) % watched.len()];
-                    let Some(path) = case.path(family) else {
-                        continue;
-                    };
                     let runs = || programs.iter().map(|(_, program)| program.runs());
                     let before = runs().collect::<Result<Vec<_>>>()?;
-                    measure(&path, metric, self.time)?;
+                    case.measure(metric, family, self.time)?;
                     let after = runs().collect::<Result<Vec<_>>>()?;
                     for ((name, _), (before, after)) in
                         programs.iter().zip(before.into_iter().zip(after))

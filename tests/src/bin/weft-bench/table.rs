@@ -201,6 +201,7 @@ impl Loaded {
             bpffs: pins.to_owned(),
             mode: HookMode::Tcx,
             sizes: SIZES,
+            splice: None,
         })?;
         let planner = Planner::adopt(datapath.capacity()?, datapath.state()?, Duration::ZERO);
         Ok(Self {
@@ -221,6 +222,7 @@ impl Loaded {
                 host_mac: [2, 0, 0, 0, 0, 4],
                 addr6: POD6.parse()?,
                 addr4: Some(POD),
+                service: None,
             }],
         })
     }
@@ -354,6 +356,7 @@ fn table(services: u32, backends: u32) -> Result<Table> {
         },
         peers: vec![],
         services: (1..=services).map(service).collect(),
+        spliced: vec![],
     })
 }
 

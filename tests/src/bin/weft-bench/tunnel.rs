@@ -25,7 +25,7 @@ use weft_tests::{Netns, topology, wait_for};
 
 use crate::{
     case::{Case, node, pod, pod_addresses, wire},
-    load::{Family, Metric, measure},
+    load::{Family, Metric},
     mesh::{self, Machine, underlay},
 };
 
@@ -63,6 +63,7 @@ pub(crate) fn vip(binaries: &Path) -> Result<Case> {
         server,
         nodes: vec![],
         addresses: mesh::vips(),
+        cgroup: None,
     })
 }
 
@@ -95,11 +96,13 @@ pub(crate) fn plain(binaries: &Path) -> Result<Case> {
         server,
         nodes: vec![],
         addresses: pod_addresses(2),
+        cgroup: None,
     };
     for family in Family::ALL {
         wait_for("the plain tunnel", PATIENCE, || {
-            let path = case.path(family)?;
-            measure(&path, Metric::Latency, Duration::from_millis(1)).ok()
+            case.measure(Metric::Latency, family, Duration::from_millis(1))
+                .ok()
+                .flatten()
         });
     }
     Ok(case)

@@ -22,6 +22,8 @@ const MESH4: &str = "10.16.0.0/12";
 const VIP6: [u16; 8] = [0xfd77, 0x6566, 0x7400, 0x1000, 0, 1, 0, 0];
 const VIP4: Ipv4Addr = Ipv4Addr::new(10, 24, 0, 1);
 const SERVICE: &str = "bench/bench/server";
+/// The service of a client that has one.
+const CALLER: &str = "bench/bench/client";
 
 /// The VIP's addresses, IPv4 first.
 pub(crate) fn vips() -> Vec<IpAddr> {
@@ -30,7 +32,16 @@ pub(crate) fn vips() -> Vec<IpAddr> {
 
 /// The CNI arguments of the service's instance.
 pub(crate) fn identity() -> String {
-    format!("WEFT_SERVICE={SERVICE};WEFT_INSTANCE_NUMBER=0;WEFT_EPOCH=1")
+    instance_of(SERVICE)
+}
+
+/// The CNI arguments of an instance of a service that calls it.
+pub(crate) fn caller() -> String {
+    instance_of(CALLER)
+}
+
+fn instance_of(service: &str) -> String {
+    format!("WEFT_SERVICE={service};WEFT_INSTANCE_NUMBER=0;WEFT_EPOCH=1")
 }
 
 fn blocks4(node: u8) -> Result<Vec<ipnet::Ipv4Net>> {
@@ -101,6 +112,8 @@ pub(super) fn table(
             }],
             backends: backends.iter().enumerate().map(backend).collect(),
         }],
+        // Only a node that was told a cgroup splices.
+        spliced: vec![SERVICE.to_owned(), CALLER.to_owned()],
     })
 }
 
