@@ -9,9 +9,9 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use ebpf_common::{
     addr::{Mesh4, Mesh6, Name4, Name6, Policy},
     layout::{
-        self, Addr, Config, Endpoint, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_RST,
-        Flow, FlowKey, PATH_FLOOR, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP, PROTO_UDP, VIP_FOLLOW,
-        VIP_ITSELF_PORT, Vip, VipKey,
+        self, Addr, BACKEND_LIVE, Config, Endpoint, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT,
+        FLOW_FORWARD, FLOW_RST, Flow, FlowKey, PATH_FLOOR, PROTO_ICMP, PROTO_ICMP6, PROTO_TCP,
+        PROTO_UDP, VIP_FOLLOW, VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick,
     reason::Reason,
@@ -167,25 +167,40 @@ impl<M: Maps> Tracer<'_, M> {
             .then(|| self.maps.flow(key))
             .flatten()
             .filter(|flow| !is_over(flow));
-        match flow {
-            Some(flow) if self.is_live(&flow) => {
-                let backend = self.backend(key, flow.backend, u16::from_be(flow.port_be), 1_000)?;
-                let anew = (key.proto == PROTO_TCP)
-                    .then(|| self.opens(key, policy).ok())
-                    .flatten()
-                    .map(|(_, _, backend)| backend);
-                Ok(Outcome::Existing { backend, anew })
+        let Some(flow) = flow else {
+            return if question.has_port || policy == Policy::Sticky {
+                self.anew(key, policy)
+            } else {
+                self.depends(key)
+            };
+        };
+        let place = self.backend_of(&flow);
+        if key.proto == PROTO_TCP {
+            if place.is_none() {
+                return self.anew(key, policy);
             }
-            // A connection may be opened anew; a datagram's flow is ended first, if it does not follow.
-            Some(_) if key.proto != PROTO_TCP && self.lookup(key)?.flags & VIP_FOLLOW == 0 => {
-                Err(Reason::BackendGone)
+        } else if place.is_none_or(|backend| backend.flags & BACKEND_LIVE == 0) {
+            match self.follows(key).then(|| self.anew(key, policy)) {
+                // Where there is nowhere else to go, a draining backend serves on.
+                Some(Err(Reason::NoBackend)) if place.is_some() => {}
+                Some(moved) => return moved,
+                // A datagram's flow is ended first; the next datagram opens another.
+                None if place.is_none() => return Err(Reason::BackendGone),
+                None => {}
             }
-            _ if question.has_port || policy == Policy::Sticky => {
-                let (slot, of, backend) = self.opens(key, policy)?;
-                Ok(Outcome::Opens { slot, of, backend })
-            }
-            _ => self.depends(key),
         }
+        let backend = self.backend(key, flow.backend, u16::from_be(flow.port_be), 1_000)?;
+        let anew = (key.proto == PROTO_TCP)
+            .then(|| self.opens(key, policy).ok())
+            .flatten()
+            .map(|(_, _, backend)| backend);
+        Ok(Outcome::Existing { backend, anew })
+    }
+
+    /// A new flow.
+    fn anew(&self, key: &FlowKey, policy: Policy) -> Result<Outcome, Reason> {
+        let (slot, of, backend) = self.opens(key, policy)?;
+        Ok(Outcome::Opens { slot, of, backend })
     }
 
     /// The slot that a new flow picks, of how many, and whom it names.
@@ -261,10 +276,17 @@ impl<M: Maps> Tracer<'_, M> {
         })
     }
 
-    fn is_live(&self, flow: &Flow) -> bool {
+    /// The backend of a flow, if it is the one that was picked and not dead.
+    fn backend_of(&self, flow: &Flow) -> Option<layout::Backend> {
         self.maps
             .backend(flow.backend)
-            .is_some_and(|backend| backend.generation == flow.generation && backend.flags != 0)
+            .filter(|backend| backend.generation == flow.generation && backend.flags != 0)
+    }
+
+    /// Whether a datagram's flow moves when its backend drains or dies.
+    fn follows(&self, key: &FlowKey) -> bool {
+        self.lookup(key)
+            .is_ok_and(|vip| vip.flags & VIP_FOLLOW != 0)
     }
 
     fn backend(&self, key: &FlowKey, index: u32, port: u16, share: u32) -> Result<Backend, Reason> {

@@ -253,6 +253,72 @@ fn a_flow_that_lives_keeps_its_backend_and_a_new_connection_picks_by_itself() {
 }
 
 #[test]
+fn a_datagrams_flow_moves_only_where_the_port_says_so_and_there_is_another_place() {
+    /// The draining or dead backend of the flow.
+    const LEFT: u32 = 3;
+    let describe = |maps: &FakeMaps| {
+        let trace = ask(maps, |request| {
+            request.protocol = "udp".into();
+            request.port = Some(53);
+        });
+        match trace.unwrap().outcome {
+            Outcome::Existing { backend, .. } => format!("stays at {}", backend.index),
+            Outcome::Opens { backend, .. } if backend.index != LEFT => "moves".to_owned(),
+            Outcome::Refused { reason, .. } => reason,
+            outcome => panic!("{outcome:?}"),
+        }
+    };
+    for (follow, flags, others, expected) in [
+        (0, BACKEND_LIVE, true, "stays at 3"),
+        (0, BACKEND_DRAINING, true, "stays at 3"),
+        (0, 0, true, "backend_gone"),
+        (VIP_FOLLOW, BACKEND_LIVE, true, "stays at 3"),
+        (VIP_FOLLOW, BACKEND_DRAINING, true, "moves"),
+        (VIP_FOLLOW, BACKEND_DRAINING, false, "stays at 3"),
+        (VIP_FOLLOW, 0, true, "moves"),
+        (VIP_FOLLOW, 0, false, "no_backend"),
+    ] {
+        let mut maps = maps();
+        let key = |port: u16, proto| VipKey {
+            addr: v4(10, 24, 0, 5),
+            port_be: port.to_be(),
+            proto,
+            pad: 0,
+        };
+        let port = Vip {
+            flags: follow,
+            ..maps.vips[&key(80, PROTO_TCP)]
+        };
+        maps.vips.insert(key(53, PROTO_UDP), port);
+        for (index, backend) in &mut maps.backends {
+            if *index == LEFT {
+                backend.flags = flags;
+            } else if !others {
+                backend.flags = 0;
+            }
+        }
+        let flow = FlowKey {
+            src: v4(10, 16, 0, 2),
+            dst: v4(10, 24, 0, 5),
+            sport_be: 40_000u16.to_be(),
+            dport_be: 53u16.to_be(),
+            endpoint: 2,
+            proto: PROTO_UDP,
+            direction: FLOW_FORWARD,
+            pad: 0,
+        };
+        let entry = Flow {
+            backend: LEFT,
+            generation: 1,
+            port_be: 5_353u16.to_be(),
+            ..Flow::default()
+        };
+        maps.flows.insert(flow, entry);
+        assert_eq!(describe(&maps), expected, "{follow} {flags} {others}");
+    }
+}
+
+#[test]
 fn a_request_that_contradicts_itself_is_refused_with_the_way_out() {
     for (change, part) in [
         (
