@@ -87,7 +87,8 @@ pub(crate) fn refused(reason: Reason) {
         reason: reason as u32,
     };
     match REFUSED.get_ptr_mut(&key) {
-        // SAFETY: as in `passed`; the entry is removed only when its VIP is gone.
+        // SAFETY: as in `passed`. User space removes the entry once its VIP is gone; whose it is next is then counted
+        // for, once.
         Some(count) => unsafe { *count += 1 },
         // A full map is no reason to stop: `REASONS` has counted it.
         None => {

@@ -67,12 +67,14 @@ pub(crate) fn config() -> Result<&'static Config, Reason> {
 }
 
 /// Room for the packet at hand. Stack is scarce, and what the verifier does not follow it need not try in every
-/// combination. A program takes it once, at its start.
+/// combination. A program takes it at its start; who answers, counts and tells of what it refused takes it again, each
+/// after the one before is done with it.
 #[inline(always)]
 pub(crate) fn scratch() -> Result<&'static mut Packet, Reason> {
     let packet = SCRATCH.get_ptr_mut(0).ok_or(Reason::Internal)?;
-    // SAFETY: this CPU's own; a program runs to its end before the next one on this CPU starts (softirq), and
-    // takes it once. Zero, which the map starts with, is a value of each of its enums.
+    // SAFETY: this CPU's own; a program runs to its end before the next one on this CPU starts (softirq), and who
+    // takes it again does so where the reference before is not used any more: what refuses has returned by then. Zero,
+    // which the map starts with, is a value of each of its enums.
     Ok(unsafe { &mut *packet })
 }
 
