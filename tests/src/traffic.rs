@@ -21,7 +21,7 @@ use nix::sys::{
     time::TimeVal,
 };
 
-use crate::Netns;
+use crate::{Netns, wait::slowed};
 
 mod server;
 
@@ -31,9 +31,8 @@ pub use server::{MARKER, Server};
 pub const HTTP: u16 = 80;
 /// The declared UDP port of the tests' services.
 pub const DNS: u16 = 53;
-/// After this long a call has failed.
-const PATIENCE_S: i64 = 3;
-const PATIENCE: Duration = Duration::from_secs(PATIENCE_S as u64);
+/// After this long a call has failed, on a machine that is not slower than ours.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A connection from `netns` to port [`HTTP`], and who greets at its other end.
 ///
@@ -48,7 +47,7 @@ pub fn call(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<(TcpStream, Stri
 /// # Errors
 /// As [`call`].
 pub fn who_answers(to: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    let mut stream = TcpStream::connect_timeout(&to, slowed(PATIENCE))?;
     let who = greeting(&mut stream)?;
     // Until the server has closed its end: many calls in a row must not pile up there.
     stream.shutdown(Shutdown::Write)?;
@@ -61,7 +60,7 @@ pub fn who_answers(to: SocketAddr) -> io::Result<String> {
 /// # Errors
 /// As [`call`].
 pub fn call_at(netns: &Netns, to: SocketAddr) -> io::Result<(TcpStream, String)> {
-    let mut stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+    let mut stream = netns.run(|| TcpStream::connect_timeout(&to, slowed(PATIENCE)))?;
     let who = greeting(&mut stream)?;
     Ok((stream, who))
 }
@@ -93,14 +92,18 @@ pub fn connection_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::R
     let socket = netns.run(|| socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None))?;
     setsockopt(&socket, ReuseAddr, &true)?;
     // It bounds connect, too (socket(7), SO_SNDTIMEO).
-    setsockopt(&socket, SendTimeout, &TimeVal::new(PATIENCE_S, 0))?;
+    setsockopt(
+        &socket,
+        SendTimeout,
+        &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
+    )?;
     bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
     Ok(socket.into())
 }
 
 fn greeting(stream: &mut TcpStream) -> io::Result<String> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(slowed(PATIENCE)))?;
     stream.set_nodelay(true)?;
     let mut greeting = Vec::new();
     let mut byte = [0];
@@ -151,7 +154,7 @@ pub fn datagram(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<String> {
 /// When the source cannot be had.
 pub fn datagram_socket(netns: &Netns, from: SocketAddr) -> io::Result<UdpSocket> {
     let socket = netns.run(|| UdpSocket::bind(from))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(slowed(PATIENCE)))?;
     Ok(socket)
 }
 
@@ -216,7 +219,11 @@ pub fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
             Some(protocol),
         )
     })?;
-    setsockopt(&socket, ReceiveTimeout, &TimeVal::new(PATIENCE_S, 0))?;
+    setsockopt(
+        &socket,
+        ReceiveTimeout,
+        &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
+    )?;
     // A host that is unreachable is an error here, too, not only a port.
     match to {
         SocketAddr::V4(_) => setsockopt(&socket, Ipv4RecvErr, &true)?,

@@ -14,6 +14,12 @@ fn slowness() -> u32 {
     given.and_then(|number| number.parse().ok()).unwrap_or(1)
 }
 
+/// How long something may take here that may take `within` on our own machine.
+#[must_use]
+pub fn slowed(within: Duration) -> Duration {
+    within * slowness()
+}
+
 /// Asks `condition` until it gives a value, and returns that value.
 ///
 /// # Panics
@@ -21,7 +27,7 @@ fn slowness() -> u32 {
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
-    let within = within * slowness();
+    let within = slowed(within);
     loop {
         if let Some(value) = condition() {
             return value;
