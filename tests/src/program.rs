@@ -9,19 +9,24 @@ pub mod odd;
 pub mod packet;
 pub mod stage;
 pub mod talk;
+pub mod wire;
 
 use std::{net::IpAddr, path::PathBuf};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf},
+    maps::{
+        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, ProgramArray,
+        Queue, RingBuf,
+    },
     programs::SchedClassifier,
+    util::nr_cpus,
 };
 use ebpf_common::{
     layout::{
         Account, Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, Flow,
-        FlowKey, LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer, RefusedKey, Settled, Vip,
-        VipKey,
+        FlowKey, Fragment, FragmentKey, LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer,
+        RefusedKey, Settled, Vip, VipKey,
     },
     reason::Reason,
 };
@@ -112,6 +117,19 @@ impl Node {
             ebpf,
             _programs: programs,
         }
+    }
+
+    /// How many instructions the verifier went through for each program.
+    #[must_use]
+    pub fn verified(&self) -> Vec<(&str, u32)> {
+        self.ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                let info = program.info().ok()?;
+                let count = info.verified_instruction_count();
+                Some((name, count.expect("the kernel is 5.16 or later")))
+            })
+            .collect()
     }
 
     /// What the mesh and this node are.
@@ -291,6 +309,22 @@ impl Node {
             .collect()
     }
 
+    /// What [`Node::counts`] says, and from zero again.
+    pub fn take_counts(&mut self) -> Vec<(&'static str, u64)> {
+        let counts = self.counts();
+        let cpus = nr_cpus().expect("the number of CPUs");
+        let mut reasons: PerCpuArray<&mut MapData, u64> =
+            self.map("REASONS", PerCpuArray::try_from);
+        let is_counted = |reason: &&Reason| counts.iter().any(|(name, _)| *name == reason.name());
+        for &reason in Reason::ALL.iter().filter(is_counted) {
+            let zeros = PerCpuValues::try_from(vec![0; cpus]).expect("one per CPU");
+            reasons
+                .set(reason as u32, zeros, 0)
+                .expect("a counter per reason");
+        }
+        counts
+    }
+
     /// The entries of a flow table, `FLOWS` or `FLOWS_LRU`.
     pub fn flows(&mut self, table: &str) -> Vec<(FlowKey, Flow)> {
         self.hash::<44, 56>(table)
@@ -327,6 +361,20 @@ impl Node {
         self.hash::<4, 32>("SETTLED")
             .insert(endpoint.to_ne_bytes(), settled.to_array::<32>(), 0)
             .expect("SETTLED has room");
+    }
+
+    /// Forgets every flow, fragment, account and answer, as if the programs had just been loaded.
+    pub fn forget_flows(&mut self) {
+        const KEY: usize = size_of::<FlowKey>();
+        const FLOW: usize = size_of::<Flow>();
+        empty(self.hash::<KEY, FLOW>("FLOWS"));
+        empty(self.hash::<KEY, FLOW>("FLOWS_LRU"));
+        empty(self.hash::<{ size_of::<FragmentKey>() }, { size_of::<Fragment>() }>("FRAGMENTS"));
+        empty(self.hash::<4, 8>("ANSWERS"));
+        empty(self.hash::<4, { size_of::<Account>() }>("ACCOUNTS"));
+        empty(self.hash::<4, { size_of::<Settled>() }>("SETTLED"));
+        let mut ageing: Queue<&mut MapData, [u8; KEY]> = self.map("AGEING", Queue::try_from);
+        while ageing.pop(0).is_ok() {}
     }
 
     fn run(&mut self, name: &str, packet: &[u8]) -> Outcome {
@@ -372,6 +420,13 @@ impl Node {
             .map_mut(name)
             .unwrap_or_else(|| panic!("the object has no map {name}"));
         convert(map).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+}
+
+fn empty<const K: usize, const V: usize>(mut map: HashMap<&mut MapData, [u8; K], [u8; V]>) {
+    let keys: Vec<_> = map.keys().map(|key| key.expect("a key")).collect();
+    for key in keys {
+        map.remove(&key).expect("nobody else removes it");
     }
 }
 

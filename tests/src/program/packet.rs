@@ -344,7 +344,7 @@ fn parse6(bytes: &[u8]) -> Result<Ip<'_>, String> {
     ))
 }
 
-fn check_offset(proto: u8) -> usize {
+pub(super) fn check_offset(proto: u8) -> usize {
     match proto {
         6 => 16,
         17 => 6,
@@ -352,7 +352,7 @@ fn check_offset(proto: u8) -> usize {
     }
 }
 
-fn transport_sum(src: IpAddr, dst: IpAddr, proto: u8, l4: &[u8]) -> u64 {
+pub(super) fn transport_sum(src: IpAddr, dst: IpAddr, proto: u8, l4: &[u8]) -> u64 {
     let tail = l4.len() as u64 + u64::from(proto);
     let pseudo = match (src, dst) {
         (IpAddr::V4(_), _) if proto == 1 => 0,

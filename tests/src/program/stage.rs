@@ -135,7 +135,7 @@ impl Stage {
             node.attach(&Self::endpoint(number));
             node.backend(10 + number, &Self::local_backend(number));
         }
-        node.backend(REMOTE_BACKEND, &backend_of(REMOTE_NODE, 2));
+        node.backend(REMOTE_BACKEND, &Self::remote_backend());
         Self {
             node,
             next_slot: 0,
@@ -157,6 +157,12 @@ impl Stage {
     #[must_use]
     pub fn local_backend(number: u32) -> Backend {
         backend_of(NODE, number)
+    }
+
+    /// The backend on the other node, as the stage sets it up.
+    #[must_use]
+    pub fn remote_backend() -> Backend {
+        backend_of(REMOTE_NODE, 2)
     }
 
     /// Declares a service's VIP of one policy: [`PORT`] to [`TARGET`] by TCP and UDP, and echo. It is counted under
@@ -208,7 +214,9 @@ impl Stage {
         self.node.attach(&endpoint);
     }
 
-    fn limited(&self, number: u32) -> Endpoint {
+    /// A local endpoint with the quota that it was given.
+    #[must_use]
+    pub fn limited(&self, number: u32) -> Endpoint {
         Endpoint {
             quota: self.quotas.get(&number).copied().unwrap_or(0),
             ..Self::endpoint(number)
