@@ -28,7 +28,7 @@ mod wiring;
 
 pub use call::Env;
 pub use error::Error;
-use netmanager_api::cni::Request;
+use netmanager_api::cni::{AttachmentKey, Request};
 use serde_json::{Value, json};
 
 use crate::{
@@ -68,10 +68,33 @@ pub fn unread(source: std::io::Error) -> Answer {
     failure(&Error::io("read the network configuration", source), &[])
 }
 
-fn carry_out(env: &Env, stdin: &[u8]) -> Result<Option<Value>, Error> {
+/// Reads a call as [`run`] does and carries nothing out; the attachment that it is about, if it is about one.
+///
+/// # Errors
+/// What the runtime would be told.
+pub fn read(env: &Env, stdin: &[u8]) -> Result<Option<AttachmentKey>, Error> {
+    let Some((command, call, config)) = understand(env, stdin)? else {
+        return Ok(None);
+    };
+    if !matches!(command, Command::Add | Command::Check | Command::Del) {
+        return Ok(None);
+    }
+    let ifname = config.interface(&call)?;
+    config.mac(&call)?;
+    config.instance(&call)?;
+    if let Some(before) = &config.prev_result {
+        // Neither can fail; whatever a plugin before said must not stop them.
+        result::has_interface(before, &ifname);
+        result::expected(before, &ifname);
+    }
+    Ok(Some(config.key(&call, &ifname)))
+}
+
+/// The command, its call and its configuration; `None` for VERSION, which needs neither.
+fn understand(env: &Env, stdin: &[u8]) -> Result<Option<(Command, Call, Config)>, Error> {
     let command = Command::of(env)?;
     if command == Command::Version {
-        return Ok(Some(version::answer(stdin)));
+        return Ok(None);
     }
     let call = Call::parse(command, env)?;
     let config = Config::parse(stdin)?;
@@ -87,6 +110,13 @@ fn carry_out(env: &Env, stdin: &[u8]) -> Result<Option<Value>, Error> {
             since.name()
         )));
     }
+    Ok(Some((command, call, config)))
+}
+
+fn carry_out(env: &Env, stdin: &[u8]) -> Result<Option<Value>, Error> {
+    let Some((command, call, config)) = understand(env, stdin)? else {
+        return Ok(Some(version::answer(stdin)));
+    };
     netns::runtime()?.block_on(async {
         let door = Door {
             socket: config.socket.clone(),

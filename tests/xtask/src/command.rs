@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, check, demo, ebpf, host, vm};
+use crate::{bench, check, demo, ebpf, fuzz, host, vm};
 
 /// Builds, tests, measures and shows Weft.
 #[derive(Debug, Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Netns(FilterArgs),
     /// The same tests, and those of kernel WireGuard, under Debian's older kernels, emulated: slow.
     Vm(vm::VmArgs),
+    /// Looks for inputs that break a decoder or the kernel programs' rules.
+    Fuzz(fuzz::FuzzArgs),
     /// Rebuilds the kernel programs' object, and the toolchain for it where it is missing.
     Ebpf,
     /// Builds Weft and shows it whole on this machine, each claim checked.
@@ -58,6 +60,7 @@ impl Xtask {
                 finish(check::netns(args.filter.as_deref())?)
             }
             Command::Vm(args) => finish(vm::run(&args)?),
+            Command::Fuzz(args) => fuzz::run(&args),
             Command::Ebpf => ebpf::rebuild(),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),

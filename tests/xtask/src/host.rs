@@ -31,6 +31,10 @@ impl Needs {
             ("nft", "nftables"),
         ],
     };
+    /// Building libFuzzer.
+    pub(crate) const ENGINE: Self = Self {
+        programs: &[("g++", "g++")],
+    };
     /// Booting other kernels.
     pub(crate) const GUESTS: Self = Self {
         programs: &[
@@ -113,6 +117,16 @@ const ALARMS: [&str; 5] = [
 /// Whether a line of the kernel's log says that something is wrong with it.
 pub(crate) fn is_alarm(line: &str) -> bool {
     ALARMS.iter().any(|alarm| line.contains(alarm))
+}
+
+/// How many such lines this machine's kernel has in its log.
+pub(crate) fn kernel_alarms() -> usize {
+    let log = Command::new("dmesg").stderr(Stdio::null()).output();
+    let said = log.map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&said)
+        .lines()
+        .filter(|line| is_alarm(line))
+        .count()
 }
 
 /// Whether a program of this name is in the `PATH`.
