@@ -164,8 +164,10 @@ pub struct Service {
     pub instance4: BTreeMap<u32, u32>,
     /// What a new instance of it runs.
     pub template: Template,
-    /// Why it is where it is: the last decision about one of its slots.
-    pub decision: Option<Decision>,
+    /// Why its slots are where they are: the last decision about each, by instance; none about one that an operator
+    /// moved.
+    #[serde(default)]
+    pub decisions: BTreeMap<u32, Decision>,
     /// Clusters that are not tried in this generation.
     pub refused_by: BTreeMap<Name, RefusedBy>,
 }

@@ -26,6 +26,10 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
+/// How long a migration waits for a node whose NetManager is away, milliseconds of log time: as long as a restart or
+/// an upgrade of it takes at the most. Its kernel goes on by its last table and its instances go on calling.
+pub const AWAY_MS: u64 = 30_000;
+
 /// The last move of one slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Migration {
@@ -183,7 +187,7 @@ pub fn observe(
             Event::SourceLost
         });
     };
-    let concerned = Concerned::of(kb, slot);
+    let concerned = Concerned::of(kb, slot, now_ms);
     let happened = match migration.state {
         State::Starting => {
             target.phase == Phase::Ready && concerned.reached(&slot.at(migration.target))
@@ -204,27 +208,30 @@ pub fn observe(
 
 /// Whether a draining binding has no flows left, by explicit word of every concerned node.
 #[must_use]
-pub fn drained(kb: &KnowledgeBase, slot: &Slot, epoch: u64) -> bool {
-    Concerned::of(kb, slot).drained(&slot.at(epoch))
+pub fn drained(kb: &KnowledgeBase, slot: &Slot, epoch: u64, now_ms: u64) -> bool {
+    Concerned::of(kb, slot, now_ms).drained(&slot.at(epoch))
 }
 
-/// The nodes whose tables hold a service and that are there to answer: a node whose cluster lost its lease, or
-/// whose NetManager is not ready, is not waited for.
+/// The nodes whose tables hold a service and that are there to answer, or will soon be again: a node whose cluster
+/// lost its lease, or whose NetManager is away for long ([`AWAY_MS`]), is not waited for.
 struct Concerned<'a>(Vec<&'a Node>);
 
 impl<'a> Concerned<'a> {
-    fn of(kb: &'a KnowledgeBase, slot: &Slot) -> Self {
+    fn of(kb: &'a KnowledgeBase, slot: &Slot, now_ms: u64) -> Self {
         let nodes = table::concerned(kb, &slot.service);
-        let ready = nodes.into_iter().filter_map(|(cluster, node)| {
+        let there = nodes.into_iter().filter_map(|(cluster, node)| {
             let node = kb.clusters.get(&cluster)?.nodes.get(&node)?;
-            (!kb.is_lost(&cluster) && node.report.ready).then_some(node)
+            let away = |since: u64| now_ms.saturating_sub(since) >= AWAY_MS;
+            let is_away = node.not_ready_since_ms.is_some_and(away);
+            (!kb.is_lost(&cluster) && !is_away).then_some(node)
         });
-        Self(ready.collect())
+        Self(there.collect())
     }
 
-    /// Whether one of them reached the instance through the network, or there is none to try.
+    /// Whether one of those that are ready reached the instance through the network, or there is none to try.
     fn reached(&self, id: &InstanceId) -> bool {
-        self.0.is_empty() || self.0.iter().any(|node| node.report.reached.contains(id))
+        let mut ready = self.0.iter().filter(|node| node.report.ready).peekable();
+        ready.peek().is_none() || ready.any(|node| node.report.reached.contains(id))
     }
 
     fn acknowledged(&self, revision: Revision) -> bool {

@@ -123,7 +123,7 @@ pub fn explain(kb: &KnowledgeBase, service: &ServiceName, now_ms: u64) -> Vec<Ex
         .map(|instance| service.slot(instance))
         .map(|slot| Explanation {
             bound: view.at(&slot).cloned(),
-            decision: state.decision.clone(),
+            decision: state.decisions.get(&slot.instance).cloned(),
             now: view.verdicts(&slot),
             slot,
         })

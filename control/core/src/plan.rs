@@ -99,7 +99,7 @@ fn end_drains(kb: &KnowledgeBase, now_ms: u64) -> Vec<Command> {
         }
         for (epoch, binding) in bindings {
             if let BindingState::Draining { deadline_ms } = binding.state
-                && (now_ms >= deadline_ms || migration::drained(kb, slot, *epoch))
+                && (now_ms >= deadline_ms || migration::drained(kb, slot, *epoch, now_ms))
             {
                 commands.push(Command::Unbind {
                     slot: slot.clone(),

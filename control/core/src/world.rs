@@ -95,6 +95,8 @@ pub(crate) fn facts(tier: Tier, cpu_price_ueur_h: u64) -> ClusterFacts {
 pub(crate) struct TestNode {
     pub(crate) cpu_milli: u64,
     pub(crate) alive: bool,
+    /// Whether its NetManager is there; without it, its instances run on and its kernel goes on by the last table.
+    pub(crate) managed: bool,
 }
 
 /// An agent of the test's.
@@ -163,6 +165,7 @@ impl World {
         let node = TestNode {
             cpu_milli: 4000,
             alive: true,
+            managed: true,
         };
         let nodes = ["n1", "n2"].map(|name| (name.to_owned(), node.clone()));
         let agent = Agent {
@@ -401,7 +404,7 @@ impl World {
     }
 
     fn node_report(&self, cluster: &Name, node: &str, facts: &TestNode) -> NodeReport {
-        let table = table::project(&self.kb, cluster, node);
+        let table = table::project(&self.kb, cluster, node).filter(|_| facts.managed);
         let backends: Vec<(InstanceId, BackendState)> = table
             .iter()
             .flat_map(|table| &table.services)
@@ -425,7 +428,7 @@ impl World {
             .map(|(other, number)| (number, rtt_us(cluster.as_str(), other.as_str())))
             .collect();
         NodeReport {
-            ready: facts.alive,
+            ready: facts.alive && facts.managed,
             cpu_milli: facts.cpu_milli,
             memory_bytes: 8 << 30,
             gpus: 0,

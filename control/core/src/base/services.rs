@@ -134,7 +134,11 @@ impl KnowledgeBase {
             number4,
             instance4,
             template,
-            decision: known.and_then(|known| known.decision.clone()),
+            decisions: known.map_or_else(BTreeMap::new, |known| {
+                let kept = known.decisions.range(..goal.replicas);
+                kept.map(|(slot, decision)| (*slot, decision.clone()))
+                    .collect()
+            }),
             refused_by: BTreeMap::new(),
         })
     }

@@ -55,7 +55,8 @@ impl KnowledgeBase {
         self.next_epoch += 1;
         self.insert_binding(slot, epoch, &bind.cluster, BindingState::Active);
         if let Some(service) = self.services.get_mut(&slot.service) {
-            service.decision = Some(bind.decision.clone());
+            let decision = bind.decision.clone();
+            service.decisions.insert(slot.instance, decision);
         }
         Ok(Applied::Bound { epoch })
     }
@@ -128,10 +129,11 @@ impl KnowledgeBase {
             state_since_ms: self.log_time_ms,
         };
         self.migrations.insert(slot.clone(), migration);
-        if let (Some(service), Some(decision)) =
-            (self.services.get_mut(&slot.service), &start.decision)
-        {
-            service.decision = Some(decision.clone());
+        if let Some(service) = self.services.get_mut(&slot.service) {
+            match &start.decision {
+                Some(decision) => service.decisions.insert(slot.instance, decision.clone()),
+                None => service.decisions.remove(&slot.instance),
+            };
         }
         Ok(Applied::Bound { epoch: target })
     }

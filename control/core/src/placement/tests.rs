@@ -12,7 +12,7 @@ fn a_decision_says_what_every_other_cluster_would_have_cost() {
     world.apply(SHOP).unwrap();
     world.settle();
     let service = &world.kb.services[&service("default/shop/front")];
-    insta::assert_yaml_snapshot!(service.decision.as_ref().unwrap());
+    insta::assert_yaml_snapshot!(service.decisions[&0]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 use super::*;
 use crate::{
     command::Applied,
+    migration::AWAY_MS,
     report::Tier,
     world::{SHOP, World, facts, name, service, slot},
 };
@@ -358,25 +359,39 @@ fn a_source_that_is_lost_hands_over_at_once() {
 }
 
 #[test]
-fn a_node_that_is_not_ready_is_not_waited_for() {
-    let mut world = shop();
-    world.acknowledge = false;
-    let command = request_move(
-        &world.kb,
-        &slot("default/shop/front#0"),
-        &name("fog"),
-        world.now_ms,
-    );
-    world.one(command.unwrap()).unwrap();
-    world.run(5);
-    // Only the client's node is concerned with front.
-    for node in world.agent("edge").nodes.values_mut() {
-        node.alive = false;
+fn a_node_without_its_netmanager_is_waited_for_as_long_as_a_restart_takes() {
+    for back in [true, false] {
+        let mut world = shop();
+        let command = request_move(
+            &world.kb,
+            &slot("default/shop/front#0"),
+            &name("fog"),
+            world.now_ms,
+        );
+        // Only the client's node is concerned with front.
+        let client = |world: &mut World, managed: bool| {
+            for node in world.agent("edge").nodes.values_mut() {
+                node.managed = managed;
+            }
+        };
+        client(&mut world, false);
+        world.one(command.unwrap()).unwrap();
+        let gone = world.now_ms;
+        let state = |world: &World| world.kb.migrations[&slot("default/shop/front#0")].state;
+        while world.now_ms < gone + AWAY_MS - 2 * world.step_ms {
+            world.step();
+            let state = state(&world);
+            assert!(
+                matches!(state, State::Starting | State::Repointing { .. }),
+                "its kernel still sends to the source: {state:?}"
+            );
+        }
+        assert!(matches!(state(&world), State::Repointing { .. }));
+        client(&mut world, back);
+        world.run(5);
+        let state = state(&world);
+        assert!(!matches!(state, State::Repointing { .. }), "{state:?}");
     }
-    world.run(2);
-    let state = world.kb.migrations[&slot("default/shop/front#0")].state;
-    assert_ne!(state, State::Starting);
-    assert!(!matches!(state, State::Repointing { .. }), "{state:?}");
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub(crate) struct Bench {
     /// How long each load lasts in each round, milliseconds.
     #[arg(long, global = true, default_value_t = 250)]
     millis: u64,
+    /// Only these metrics; all by default.
+    #[arg(long, global = true, value_enum)]
+    metric: Vec<Metric>,
     /// One JSON object instead of a table.
     #[arg(long, global = true)]
     json: bool,
@@ -109,6 +112,12 @@ impl Bench {
         Ok(())
     }
 
+    /// Those of a bench's metrics that are asked for.
+    fn metrics(&self, all: &[Metric]) -> Vec<Metric> {
+        let wanted = |metric: &Metric| self.metric.is_empty() || self.metric.contains(metric);
+        all.iter().copied().filter(wanted).collect()
+    }
+
     fn rounds(&self) -> Rounds {
         Rounds {
             count: self.rounds,
@@ -124,12 +133,12 @@ impl Bench {
             Case::nftables()?,
             Case::spliced(&self.binaries)?,
         ];
-        let metrics = [
+        let metrics = self.metrics(&[
             Metric::Throughput,
             Metric::RequestResponse,
             Metric::Connections,
             Metric::Datagrams,
-        ];
+        ]);
         let mut figures = Figures::default();
         self.rounds().values(&cases, &metrics, &mut figures)?;
         Ok(Measured {
@@ -144,7 +153,7 @@ impl Bench {
         let far = tunnel::vip(&self.binaries)?;
         let mut figures = Figures::default();
         self.rounds()
-            .values(&same, &[Metric::Datagrams], &mut figures)?;
+            .values(&same, &self.metrics(&[Metric::Datagrams]), &mut figures)?;
         let (node, [client, backend]) = (&same[1].machines[0], [0, 1].map(|n| &far.machines[n]));
         let (pod, tunnel) = ("weft_dispatch_pod", "weft_dispatch_tunnel");
         let watched = [
@@ -162,12 +171,12 @@ impl Bench {
                 ],
             },
         ];
-        let metrics = [
+        let metrics = self.metrics(&[
             Metric::Throughput,
             Metric::RequestResponse,
             Metric::Connections,
             Metric::Datagrams,
-        ];
+        ]);
         // Only now: counting itself costs time.
         let _counting = Counting::start()?;
         self.rounds().costs(&watched, &metrics, &mut figures)?;
@@ -189,12 +198,12 @@ impl Bench {
 
     fn tunnel(&self) -> Result<Measured> {
         let cases = [tunnel::plain(&self.binaries)?, tunnel::vip(&self.binaries)?];
-        let metrics = [
+        let metrics = self.metrics(&[
             Metric::Throughput,
             Metric::RequestResponse,
             Metric::Latency,
             Metric::Connections,
-        ];
+        ]);
         let mut figures = Figures::default();
         self.rounds().values(&cases, &metrics, &mut figures)?;
         Ok(Measured {

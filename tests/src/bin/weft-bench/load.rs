@@ -26,17 +26,20 @@ const CPUS: [usize; 2] = [0, 1];
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
 pub(crate) enum Metric {
     /// One TCP stream, Gbit/s.
     Throughput,
     /// One byte there and one back on one connection, per second.
     RequestResponse,
     /// The same, the median time of one.
+    #[value(name = "p50")]
     Latency,
     /// Connect, one byte, close by the server; per second.
     Connections,
     /// Small datagrams of one socket to one socket that were read, per second.
+    #[value(name = "udp")]
     Datagrams,
 }
 

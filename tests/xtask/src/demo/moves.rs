@@ -15,9 +15,6 @@ use super::{
 const WEIGHTS: &str = "  weights: ";
 const LATENCY_FIRST: &str = "  weights: { energy: 1, cost: 1, latency: 8, performance: 1 }";
 
-/// The lab's clusters by their distance from the visitors, the nearest first.
-const NEAREST_FIRST: [&str; 3] = ["edge", "fog", "cloud"];
-
 /// Turns the weights from cost to latency and waits until everything has moved.
 pub(super) fn show(mesh: &Mesh, report: &Report, load: &Load) -> Result<()> {
     report.step("c. the weights change from cost to latency, under 250 pages/s");
@@ -43,10 +40,15 @@ pub(super) fn show(mesh: &Mesh, report: &Report, load: &Load) -> Result<()> {
     report.claim(
         "services moved to where their callers are, make-before-break",
         match settled {
-            Ok(time) if came_nearer(&before, &moved) => {
-                Ok(format!("{} instances in {}", moved.len(), seconds(time)))
-            }
-            Ok(_) => Err(format!("moved: {moved:?}")),
+            Ok(_) if moved.is_empty() => Err("nothing moved".to_owned()),
+            Ok(time) => far_from_callers(&links(&goal), &after, &moved).map_or_else(
+                || Ok(format!("{} instances in {}", moved.len(), seconds(time))),
+                |service| {
+                    Err(format!(
+                        "{service} has no instance with a caller: {after:?}"
+                    ))
+                },
+            ),
             Err(error) => Err(format!("{error:#}")),
         },
     );
@@ -57,21 +59,48 @@ pub(super) fn show(mesh: &Mesh, report: &Report, load: &Load) -> Result<()> {
     Ok(())
 }
 
-/// Whether something moved, everything that did is nearer to the visitors than before, and every service of
-/// which something moved is where they are. (A second replica may find its best place on the way.)
-fn came_nearer(before: &[(String, String)], moved: &[&(String, String)]) -> bool {
-    let distance = |cluster: &str| NEAREST_FIRST.iter().position(|name| *name == cluster);
-    let nearer = |(slot, cluster): &(String, String)| {
-        let from = before.iter().find(|(other, _)| other == slot);
-        from.is_some_and(|(_, from)| distance(cluster) < distance(from))
+/// A service of which something moved, and of which no instance is in a cluster that has one of its callers. (A second
+/// replica may find its best place elsewhere.)
+fn far_from_callers(
+    links: &[(String, String)],
+    after: &[(String, String)],
+    moved: &[&(String, String)],
+) -> Option<String> {
+    let clusters = |service: &str| -> Vec<&str> {
+        let own = after.iter().filter(|(slot, _)| service_of(slot) == service);
+        own.map(|(_, cluster)| cluster.as_str()).collect()
     };
-    let service = |slot: &str| slot.split('#').next().unwrap_or_default().to_owned();
-    let arrived = |(slot, _): &(String, String)| {
-        moved
-            .iter()
-            .any(|(other, cluster)| service(other) == service(slot) && cluster == NEAREST_FIRST[0])
+    let far = |service: &str| {
+        let mut callers = links.iter().filter(|(_, to)| to == service);
+        let own = clusters(service);
+        !callers.any(|(from, _)| clusters(from).iter().any(|place| own.contains(place)))
     };
-    !moved.is_empty() && moved.iter().all(|place| nearer(place) && arrived(place))
+    let services = moved.iter().map(|(slot, _)| service_of(slot));
+    services
+        .filter(|service| far(service))
+        .map(str::to_owned)
+        .next()
+}
+
+/// The service of `namespace/application/service#instance`.
+fn service_of(slot: &str) -> &str {
+    let name = slot.rsplit('/').next().unwrap_or(slot);
+    name.split('#').next().unwrap_or(name)
+}
+
+/// The goal file's links: caller and called.
+fn links(goal: &str) -> Vec<(String, String)> {
+    let word = |text: &str| {
+        let end = text.find([',', ' ', '}']).unwrap_or(text.len());
+        text[..end].to_owned()
+    };
+    goal.lines()
+        .filter_map(|line| {
+            let (_, link) = line.split_once("{ from: ")?;
+            let (_, to) = link.split_once("to: ")?;
+            Some((word(link), word(to)))
+        })
+        .collect()
 }
 
 /// Applies a goal file's text.
@@ -126,25 +155,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nearer_is_what_came_toward_the_visitors_and_reached_them() {
+    fn a_service_is_with_its_callers_where_one_instance_is_with_one_of_them() {
+        let links = links(&fs::read_to_string(goal_file()).unwrap());
+        assert_eq!(links.len(), 7, "{links:?}");
         let places = |list: &[(&str, &str)]| -> Vec<(String, String)> {
             list.iter()
-                .map(|(slot, cluster)| ((*slot).to_owned(), (*cluster).to_owned()))
+                .map(|(slot, cluster)| (format!("shop/bookinfo/{slot}"), (*cluster).to_owned()))
                 .collect()
         };
-        let before = places(&[("page#0", "cloud"), ("page#1", "cloud"), ("store#0", "fog")]);
+        let after = places(&[
+            ("visitor#0", "edge"),
+            ("productpage#0", "edge"),
+            ("productpage#1", "fog"),
+            ("reviews-v2#0", "fog"),
+            ("details#0", "cloud"),
+        ]);
         for (moved, want) in [
-            (places(&[]), false),
-            (places(&[("page#0", "edge")]), true),
-            (places(&[("page#0", "edge"), ("page#1", "fog")]), true),
-            (places(&[("page#1", "fog")]), false),
-            (places(&[("page#0", "edge"), ("store#0", "cloud")]), false),
+            (&[1][..], None),
+            (&[2], None),
+            (&[1, 3], None),
+            (&[1, 4], Some("details")),
         ] {
-            assert_eq!(
-                came_nearer(&before, &moved.iter().collect::<Vec<_>>()),
-                want,
-                "{moved:?}"
-            );
+            let moved: Vec<_> = moved.iter().map(|at| &after[*at]).collect();
+            let far = far_from_callers(&links, &after, &moved);
+            assert_eq!(far.as_deref(), want, "{moved:?}");
         }
     }
 
