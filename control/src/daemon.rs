@@ -14,9 +14,9 @@ use weft_lead::{Options, Timers};
 /// Threads of a daemon: enough that one may wait for the disk; more would only cost memory.
 const THREADS: usize = 2;
 
-/// Runs a lead.
+/// How a lead runs.
 #[derive(Debug, Args)]
-pub(crate) struct Lead {
+pub(crate) struct Daemon {
     /// Its name, as in its certificate.
     #[arg(long)]
     name: String,
@@ -35,9 +35,12 @@ pub(crate) struct Lead {
     /// The mesh file; needed on the first start.
     #[arg(long, value_name = "FILE")]
     mesh: Option<PathBuf>,
-    /// A lead of the group, this one too; needed on the first start, the same list for every lead.
-    #[arg(long = "peer", value_name = "NAME=IP:PORT", value_parser = peer)]
+    /// A lead of a new group, this one too; needed on the first start, the same list for every lead.
+    #[arg(long = "peer", value_name = "NAME=IP:PORT", value_parser = peer, conflicts_with = "join")]
     peers: Vec<(String, SocketAddr)>,
+    /// A lead of the group that this one joins; needed on the first start of a lead that was added.
+    #[arg(long, value_name = "NAME=IP:PORT", value_parser = peer, value_delimiter = ',')]
+    join: Vec<(String, SocketAddr)>,
     /// How long a cluster may be silent before it is lost; counts on the first start.
     #[arg(long, default_value = "10s", value_parser = duration)]
     lease: Duration,
@@ -49,7 +52,7 @@ pub(crate) struct Lead {
     election: Duration,
 }
 
-impl Lead {
+impl Daemon {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let count = self.peers.len();
         let peers: BTreeMap<_, _> = self.peers.into_iter().collect();
@@ -62,6 +65,7 @@ impl Lead {
             advertise: self.advertise,
             mesh: self.mesh,
             peers,
+            join: self.join.into_iter().collect(),
             lease: self.lease,
             timers: Timers {
                 heartbeat_ms: millis(self.heartbeat),
@@ -114,7 +118,7 @@ fn peer(text: &str) -> anyhow::Result<(String, SocketAddr)> {
 }
 
 /// `10s`, `250ms` or `2m`.
-fn duration(text: &str) -> anyhow::Result<Duration> {
+pub(crate) fn duration(text: &str) -> anyhow::Result<Duration> {
     let split = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -7,6 +7,7 @@ mod authority;
 mod client;
 mod daemon;
 mod flows;
+mod leads;
 mod node_door;
 mod show;
 mod trace;
@@ -32,8 +33,8 @@ enum Command {
     Init(authority::Init),
     /// Issues a certificate.
     Cert(authority::Cert),
-    /// Runs a lead.
-    Lead(Box<daemon::Lead>),
+    /// Runs a lead, or changes who the leads are.
+    Lead(Box<leads::Lead>),
     /// Runs a cluster's agent.
     Agent(weft_agent::Args),
     /// Applies a goal file.
@@ -61,7 +62,8 @@ enum Command {
 pub fn start_tracing(cli: &Cli) {
     // The leads say themselves who leads and who is out of reach; openraft says it with every message.
     let usual = match cli.command {
-        Command::Lead(_) | Command::Agent(_) => "info,openraft=off",
+        Command::Lead(ref lead) if lead.is_daemon() => "info,openraft=off",
+        Command::Agent(_) => "info,openraft=off",
         _ => "warn",
     };
     let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));

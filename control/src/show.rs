@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use comfy_table::{Table, presets};
 use control_api::http::{
-    Application, ApplyResponse, ApplyResult, Binding, Cluster, Explained, List, Migration, Node,
-    Service, Status,
+    Application, ApplyResponse, ApplyResult, Binding, Cluster, Explained, Lead, LeadAdded, List,
+    Migration, Node, Service, Status,
 };
 use control_core::placement::{Decision, Lost, Parts, Verdict};
 
@@ -156,6 +156,36 @@ impl Rows for Migration {
             self.reason.clone(),
         ]
     }
+}
+
+impl Rows for Lead {
+    const HEADER: &'static [&'static str] = &[
+        "LEAD", "MEMBER", "ADDRESS", "ROLE", "ANSWERS", "LOG", "APPLIED", "VERSION",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.id.to_string(),
+            self.address.to_string(),
+            self.role.clone(),
+            if self.answers { "yes" } else { "no" }.to_owned(),
+            or_dash(self.log_index),
+            or_dash(self.applied_index),
+            or_dash(self.version.as_ref()),
+        ]
+    }
+}
+
+/// That the group waits for a lead, and how it is started.
+pub(crate) fn lead_added(added: &LeadAdded) -> String {
+    format!(
+        "the group waits for lead {name} at {address}; start it there:\n  \
+         weft lead --name {name} --data DIR --credentials DIR --listen {address} --join {join}",
+        name = added.name,
+        address = added.address,
+        join = added.join.join(","),
+    )
 }
 
 /// What came of a goal file: each slot with its cluster, the objective's parts and why the others lost.

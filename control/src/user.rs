@@ -29,9 +29,9 @@ enum Format {
 
 /// Where to ask and how to answer.
 #[derive(Debug, Args)]
-struct Common {
+pub(crate) struct Common {
     #[command(flatten)]
-    leads: Leads,
+    pub(crate) leads: Leads,
     /// How the answer is written.
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
@@ -39,15 +39,23 @@ struct Common {
 
 impl Common {
     /// Asks, and writes the answer as JSON, or as `text` makes it.
-    fn answer<T: Serialize + DeserializeOwned>(
+    pub(crate) fn answer<T: Serialize + DeserializeOwned>(
         &self,
         ask: &Ask<'_>,
         text: impl FnOnce(&T) -> String,
     ) -> anyhow::Result<()> {
-        let answer: T = self.leads.ask(ask)?;
+        self.write(&self.leads.ask(ask)?, text)
+    }
+
+    /// Writes an answer as JSON, or as `text` makes it.
+    pub(crate) fn write<T: Serialize>(
+        &self,
+        answer: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> anyhow::Result<()> {
         let text = match self.output {
-            Format::Json => serde_json::to_string_pretty(&answer)?,
-            Format::Table => text(&answer),
+            Format::Json => serde_json::to_string_pretty(answer)?,
+            Format::Table => text(answer),
         };
         match writeln!(io::stdout(), "{text}") {
             // Whoever reads has seen enough.

@@ -7,6 +7,10 @@
 //!  GET    /v1/{applications|services|bindings|clusters|nodes|migrations}[?consistent=false] -> List<...>
 //!  GET    /v1/explain/{namespace}/{application}/{service} -> Explained
 //!  GET    /v1/status -> Status
+//!  GET    /v1/leads[?consistent=false] -> List<Lead>
+//!  POST   /v1/leads                                  LeadRequest -> LeadAdded
+//!  DELETE /v1/leads/{name}                           -> Changed
+//!  POST   /v1/leads/{name}/drain                     -> Drained; also /v1/leads/drain, whoever leads
 //! ```
 //!
 //! An answer other than 2xx carries a [`Problem`]. Times are milliseconds since the Unix epoch, in log time.
@@ -377,6 +381,66 @@ pub struct Member {
     /// Where it is reached.
     #[schema(value_type = String)]
     pub address: SocketAddr,
+}
+
+/// One lead, as a member of the group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Lead {
+    /// Its name.
+    pub name: String,
+    /// Its number in the group; a lead that lost its disk comes back under another.
+    pub id: u64,
+    /// Where it is reached.
+    #[schema(value_type = String)]
+    pub address: SocketAddr,
+    /// `leader`, `voter`, or `learner`: it catches up, and becomes a voter then.
+    pub role: String,
+    /// Whether it answers the lead that was asked.
+    pub answers: bool,
+    /// The end of its log, as far as the leader knows.
+    pub log_index: Option<u64>,
+    /// The last log entry that it has applied.
+    pub applied_index: Option<u64>,
+    /// Its version.
+    pub version: Option<String>,
+    /// The number of the lead that leaves once this one is a voter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<u64>,
+}
+
+/// A wish for one lead more, or for another in the place of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LeadRequest {
+    /// The name in its certificate.
+    pub name: String,
+    /// Where the other leads will reach it.
+    #[schema(value_type = String)]
+    pub address: SocketAddr,
+    /// The lead that leaves once the new one is a voter.
+    #[serde(default)]
+    pub replaces: Option<String>,
+}
+
+/// The group waits for a lead.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LeadAdded {
+    /// Its name.
+    pub name: String,
+    /// Its number in the group.
+    pub id: u64,
+    /// Where it is looked for.
+    #[schema(value_type = String)]
+    pub address: SocketAddr,
+    /// Where it finds the group: `NAME=IP:PORT`.
+    pub join: Vec<String>,
+}
+
+/// A lead does not lead any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Drained {
+    /// Who leads.
+    pub leader: String,
 }
 
 /// The mesh.

@@ -1,5 +1,6 @@
 //! The control API's routes: parse, ask the lead, answer.
 
+mod leads;
 mod show;
 
 use std::{sync::Arc, time::Duration};
@@ -11,7 +12,7 @@ use axum::{
         rejection::{JsonRejection, QueryRejection},
     },
     http::{Method, Uri},
-    routing::{delete, get},
+    routing::{delete, get, post},
 };
 use control_api::http::{
     Application, AppliedApplication, ApplyQuery, ApplyResponse, ApplyResult, Binding, Changed,
@@ -52,6 +53,10 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
             get(explain),
         )
         .route("/v1/status", get(status))
+        .route("/v1/leads", get(leads::list).post(leads::add))
+        .route("/v1/leads/drain", post(leads::drain_any))
+        .route("/v1/leads/{name}", delete(leads::remove))
+        .route("/v1/leads/{name}/drain", post(leads::drain))
         .route("/openapi.json", get(document))
         .method_not_allowed_fallback(no_method)
         .fallback(no_path)
@@ -76,7 +81,12 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         migrations,
         migrate,
         explain,
-        status
+        status,
+        leads::list,
+        leads::add,
+        leads::remove,
+        leads::drain,
+        leads::drain_any
     )
 )]
 struct Description;

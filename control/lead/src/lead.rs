@@ -6,7 +6,11 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,6 +29,7 @@ use crate::{
     raft::{
         Member, Raft, Timers,
         election::Election,
+        members::{MemberError, Seat},
         network::{Network, PostError},
         propose::{Done, ProposeError, Proposer},
     },
@@ -62,6 +67,27 @@ pub(crate) enum Ask {
     },
     /// Which entry must be applied to see what the control loop made of this one?
     Planned { index: u64 },
+    /// Who is a member, and how far.
+    Seats,
+    /// Which member has this name or this id?
+    Seat(SeatOf),
+    /// A lead is to become a member, in the place of another where one is named.
+    Admit {
+        name: String,
+        address: SocketAddr,
+        replaces: Option<String>,
+    },
+    /// A lead is to leave.
+    Dismiss { name: String },
+    /// Another lead is to lead, if this one does, or if none is named.
+    HandOver { name: Option<String> },
+}
+
+/// How a member is named.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum SeatOf {
+    Name(String),
+    Id(u64),
 }
 
 /// What the leader answers.
@@ -71,6 +97,10 @@ pub(crate) enum Answer {
     Index(u64),
     Renewed,
     Conditions(Conditions),
+    Seats(Vec<Seat>),
+    Seat(Option<(u64, Member)>),
+    /// The name of the leader after a hand-over.
+    Leader(String),
 }
 
 /// Why an ask was not served.
@@ -85,6 +115,9 @@ pub(crate) enum AskError {
     /// The cluster has another session, or is lost.
     #[error("session {session:x} of cluster {cluster} is over")]
     SessionOver { cluster: Name, session: u64 },
+    /// The group stays as it is.
+    #[error(transparent)]
+    Member(#[from] MemberError),
     /// The control loop is late.
     #[error("the control loop is late")]
     Late,
@@ -126,6 +159,10 @@ pub(crate) struct Lead {
     pub(crate) leases: Mutex<Leases>,
     pub(crate) board: Mutex<Board>,
     pub(crate) planned: watch::Sender<Planned>,
+    /// Whether this lead is handing over, and takes no more changes.
+    pub(crate) gives_way: AtomicBool,
+    /// Held by whoever changes the membership.
+    pub(crate) changing: tokio::sync::Mutex<()>,
 }
 
 impl fmt::Debug for Lead {
@@ -169,7 +206,7 @@ impl Lead {
         }
     }
 
-    async fn hand_on(
+    pub(crate) async fn hand_on(
         &self,
         leader: &Member,
         ask: &Ask,
@@ -179,7 +216,7 @@ impl Lead {
 
     /// Serves an ask as the leader.
     pub(crate) async fn answer(&self, ask: Ask) -> Result<Answer, AskError> {
-        if !self.leads() {
+        if !self.leads() || self.gives_way.load(Ordering::Relaxed) {
             return Err(ProposeError::NotLeader.into());
         }
         if !self.has_majority() {
@@ -206,7 +243,21 @@ impl Lead {
                     _ => Err(AskError::Late),
                 }
             }
+            Ask::Seats => Ok(Answer::Seats(self.seats().await)),
+            Ask::Seat(of) => self.seat(&of).await.map(Answer::Seat),
+            Ask::Admit {
+                name,
+                address,
+                replaces,
+            } => self.admit(name, address, replaces).await,
+            Ask::Dismiss { name } => self.dismiss(&name).await,
+            Ask::HandOver { name } => self.hand_over(name).await.map(Answer::Leader),
         }
+    }
+
+    /// Makes sure that this lead still leads.
+    pub(crate) async fn confirm(&self) -> Result<(), AskError> {
+        self.read_index().await.map(|_| ())
     }
 
     async fn read_index(&self) -> Result<u64, AskError> {
@@ -316,7 +367,7 @@ impl Lead {
     pub(crate) fn has_majority(&self) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
-        let alone = metrics.membership_config.nodes().count() <= 1;
+        let alone = metrics.membership_config.voter_ids().count() <= 1;
         alone
             || metrics
                 .millis_since_quorum_ack
@@ -334,10 +385,16 @@ impl Lead {
 
     /// Every lead of the group.
     pub(crate) fn members(&self) -> Vec<Member> {
+        let members = self.members_by_id().into_iter();
+        members.map(|(_, member)| member).collect()
+    }
+
+    /// Every lead of the group with its id.
+    pub(crate) fn members_by_id(&self) -> Vec<(u64, Member)> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
         let nodes = metrics.membership_config.nodes();
-        nodes.map(|(_, member)| member.clone()).collect()
+        nodes.map(|(id, member)| (*id, member.clone())).collect()
     }
 
     fn member_list(&self) -> String {

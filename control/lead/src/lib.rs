@@ -20,6 +20,7 @@ pub mod dial;
 mod door;
 mod lead;
 mod leases;
+mod members;
 mod problem;
 mod raft;
 mod replica;
@@ -41,7 +42,7 @@ use crate::{
     world::Folder,
 };
 pub use crate::{
-    raft::{Compaction, DiskError, StartError, Timers},
+    raft::{Compaction, DiskError, Join, StartError, Timers},
     running::{Running, Settings},
     world::{Boxed, Clock, Storage, Wire, World},
 };
@@ -61,8 +62,10 @@ pub struct Options {
     pub advertise: Option<SocketAddr>,
     /// The mesh file; only used by the first command of the log.
     pub mesh: Option<PathBuf>,
-    /// Every lead of the group, this one among them; only used on a first start.
+    /// Every lead of the group, this one among them; only used on the first start of a new group.
     pub peers: BTreeMap<String, SocketAddr>,
+    /// Leads of a group that this one joins; only used on a first start.
+    pub join: BTreeMap<String, SocketAddr>,
     /// How long a cluster may be silent; only used by the first command of the log.
     pub lease: Duration,
     /// How long Raft waits.
@@ -129,6 +132,16 @@ pub enum LeadError {
     /// Raft cannot go on, mostly because the disk failed.
     #[error("raft stopped: {0}")]
     Stopped(String),
+    /// The others removed or replaced this lead.
+    #[error(
+        "lead {name} (member {id}) was removed from the group: its data may be deleted; to bring it back, delete them and run weft lead add"
+    )]
+    Removed {
+        /// Its name.
+        name: String,
+        /// Its id.
+        id: u64,
+    },
 }
 
 /// Runs a lead until `shutdown`.
@@ -170,11 +183,18 @@ pub async fn serve(
     let settings = Settings {
         name: options.name.clone(),
         peers: options.peers,
+        join: Join {
+            leads: options.join,
+            advertised: Some(options.advertise.unwrap_or(options.listen)),
+        },
         timers: options.timers,
         compaction: Compaction::default(),
         mesh,
     };
-    let running = Running::start(settings, world, shutdown.clone()).await?;
+    let running = tokio::select! {
+        running = Running::start(settings, world, shutdown.clone()) => running?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     tracing::info!(name = options.name, listen = %options.listen, "lead started");
     let door = Door {
         listener,

@@ -13,7 +13,10 @@ use control_core::{
 };
 use netmanager_api::identity::Identity;
 
-use crate::{lead::AskError, raft::propose::ProposeError};
+use crate::{
+    lead::AskError,
+    raft::{members::MemberError, propose::ProposeError},
+};
 
 /// A refusal.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +96,9 @@ impl IntoResponse for Refusal {
 
 impl From<AskError> for Refusal {
     fn from(error: AskError) -> Self {
+        if let AskError::Member(error) = error {
+            return error.into();
+        }
         let refusal = Self::new(StatusCode::SERVICE_UNAVAILABLE, &error);
         match error {
             AskError::NoLeader(_) => refusal.hint(
@@ -103,6 +109,31 @@ impl From<AskError> for Refusal {
             }
             _ => refusal.hint("ask again, or ask another lead"),
         }
+    }
+}
+
+impl From<MemberError> for Refusal {
+    fn from(error: MemberError) -> Self {
+        let status = match error {
+            MemberError::Unknown(_) => StatusCode::NOT_FOUND,
+            _ => StatusCode::CONFLICT,
+        };
+        Self::new(status, &error).hint(match error {
+            MemberError::Unknown(_) => "see weft lead list",
+            MemberError::Taken { .. } => {
+                "a lead that lost its disk comes back as a new member: weft lead replace"
+            }
+            MemberError::AddressTaken { .. } => "give every lead its own address",
+            MemberError::Busy(_) => "wait until weft lead list shows voters only, and ask again",
+            MemberError::Last(_) => "add another lead before",
+            MemberError::NoMajorityLeft { .. } => {
+                "bring the silent leads back, or replace them before: weft lead replace"
+            }
+            MemberError::NoHeir(_) => {
+                "see weft lead list: another voter must answer and be caught up"
+            }
+            MemberError::Raft(_) => "ask again",
+        })
     }
 }
 
@@ -190,6 +221,12 @@ mod tests {
             Refusal::from(AskError::NoLeader("a at 192.0.2.1:7000".to_owned())),
             Refusal::from(AskError::Propose(ProposeError::Unknown)),
             Refusal::from(AskError::Lagging),
+            Refusal::from(AskError::Member(MemberError::Unknown("d".to_owned()))),
+            Refusal::from(AskError::Member(MemberError::NoMajorityLeft {
+                name: "b".to_owned(),
+                left: 2,
+                silent: vec!["c".to_owned()],
+            })),
             Refusal::name("to", "A", &bad_name),
             Refusal::role(&identity, "user"),
             Refusal::missing("service", "a/b/c", "see weft get services"),

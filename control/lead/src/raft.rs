@@ -13,8 +13,11 @@
 mod codec;
 mod disk;
 pub(crate) mod election;
+mod handover;
+mod join;
 mod log;
 mod machine;
+pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod propose;
 #[cfg(test)]
@@ -28,6 +31,9 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode};
 pub use self::disk::DiskError;
+pub(crate) use self::handover::{HandOver, PATH as STAND};
+pub use self::join::Join;
+pub(crate) use self::join::PATH as SEAT;
 use self::{disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network};
 use crate::{replica::Replica, world::Storage};
 
@@ -50,6 +56,9 @@ pub(crate) struct Member {
     pub(crate) name: String,
     /// Where the other leads reach it.
     pub(crate) address: SocketAddr,
+    /// The member that leaves once this one is a voter.
+    #[serde(default)]
+    pub(crate) replaces: Option<u64>,
 }
 
 impl Default for Member {
@@ -57,6 +66,7 @@ impl Default for Member {
         Self {
             name: String::new(),
             address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            replaces: None,
         }
     }
 }
@@ -122,6 +132,7 @@ pub(crate) fn members(peers: &BTreeMap<String, SocketAddr>) -> BTreeMap<u64, Mem
             let member = Member {
                 name: name.clone(),
                 address: *address,
+                replaces: None,
             };
             (id, member)
         })
@@ -165,13 +176,25 @@ pub enum StartError {
     },
     /// A first start without its group.
     #[error(
-        "{dir} holds no data: a first start needs --mesh FILE and one --peer NAME=IP:PORT per lead, this one ({name}) among them"
+        "{dir} holds no data: a lead that joins needs --join NAME=IP:PORT of a lead of the group, the first leads --mesh FILE and one --peer NAME=IP:PORT per lead, this one ({name}) among them"
     )]
     NoGroup {
         /// The data folder.
         dir: String,
         /// Who was started.
         name: String,
+    },
+    /// The group waits for this lead somewhere else.
+    #[error(
+        "the group knows lead {name} at {known}, not at {advertised}: start it with --advertise {known}, or weft lead remove {name} and add it again"
+    )]
+    OtherSeat {
+        /// This lead.
+        name: String,
+        /// Where the group looks for it.
+        known: SocketAddr,
+        /// Where it says that it is.
+        advertised: SocketAddr,
     },
     /// Raft itself refused.
     #[error("raft did not start: {0}")]
@@ -186,6 +209,8 @@ pub(crate) struct Start<'a> {
     pub(crate) compaction: Compaction,
     /// Every lead of the group; only read on a first start.
     pub(crate) peers: &'a BTreeMap<String, SocketAddr>,
+    /// How it gets into a group that there is; only used on a first start.
+    pub(crate) join: &'a Join,
 }
 
 /// A lead's part in the group.
@@ -207,7 +232,18 @@ pub(crate) async fn start(
         source,
     })?;
     let members = members(start.peers);
-    let id = own_id(&disk, &start, &members, &dir)?;
+    let id = match own_id(&disk, &start, &members, &dir) {
+        Err(StartError::NoGroup { .. }) if start.join.is_wanted() => {
+            let id = start.join.seat(start.name, &network).await?;
+            let written = disk.write_identity(id, start.name);
+            written.map_err(|source| StartError::Disk {
+                dir: dir.clone(),
+                source,
+            })?;
+            id
+        }
+        known => known?,
+    };
     let config = config(start.timers, start.compaction)?;
     let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
     let log = LogStore::new(disk.clone());

@@ -1,6 +1,11 @@
 //! A lead without its socket: Raft, the control loop and the routes of its door.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use axum::Router;
 use control_core::base::{KnowledgeBase, Mesh};
@@ -14,7 +19,8 @@ use crate::{
     control, door,
     lead::{Lead, Planned},
     leases::Leases,
-    raft::{self, Compaction, Started, Timers, network::Network, propose::Proposer},
+    members,
+    raft::{self, Compaction, Join, Started, Timers, network::Network, propose::Proposer},
     replica::Replica,
     world::World,
 };
@@ -29,6 +35,8 @@ pub struct Settings {
     pub name: String,
     /// Every lead of the group, this one among them; only used on a first start.
     pub peers: BTreeMap<String, SocketAddr>,
+    /// How it gets into a group that there is; only used on a first start.
+    pub join: Join,
     /// How long Raft waits.
     pub timers: Timers,
     /// When the log is compacted.
@@ -63,6 +71,7 @@ impl Running {
             timers: settings.timers,
             compaction: settings.compaction,
             peers: &settings.peers,
+            join: &settings.join,
         };
         let Started { raft, id, election } =
             raft::start(start, network.clone(), replica.clone()).await?;
@@ -80,10 +89,13 @@ impl Running {
             leases: Leases::default().into(),
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
+            gives_way: AtomicBool::new(false),
+            changing: tokio::sync::Mutex::default(),
         });
         let tasks = TaskTracker::new();
         tasks.spawn(until(shutdown.clone(), proposing));
         tasks.spawn(until(shutdown.clone(), election.run()));
+        tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
         Ok(Self {
@@ -111,15 +123,19 @@ impl Running {
     /// Waits until it is shut down, or cannot go on.
     ///
     /// # Errors
-    /// When Raft stopped by itself, mostly because the disk failed.
+    /// When Raft stopped by itself, mostly because the disk failed, or the group removed this lead.
     pub async fn run(&self) -> Result<(), LeadError> {
         let fatal = tokio::select! {
             () = self.shutdown.cancelled() => None,
-            fatal = watch_raft(&self.lead) => Some(fatal),
+            fatal = watch_raft(&self.lead) => Some(LeadError::Stopped(fatal)),
+            () = members::removed(&self.lead) => Some(LeadError::Removed {
+                name: self.lead.name.clone(),
+                id: self.lead.id,
+            }),
         };
         self.shutdown.cancel();
         end(&self.lead, &self.tasks).await;
-        fatal.map_or(Ok(()), |fatal| Err(LeadError::Stopped(fatal)))
+        fatal.map_or(Ok(()), Err)
     }
 }
 

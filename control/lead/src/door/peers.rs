@@ -5,15 +5,18 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State},
+    extract::{DefaultBodyLimit, Request, State},
     http::StatusCode,
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
     routing::post,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    lead::Lead,
-    raft::{decode, election, encode},
+    lead::{Answer, Ask, AskError, Lead, SeatOf},
+    members,
+    raft::{SEAT, STAND, decode, election, encode, network::TO},
 };
 
 /// The largest message of a lead, bytes.
@@ -27,9 +30,26 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         .route(election::PATH, post(canvass))
         .route("/raft/v1/vote", post(vote))
         .route("/raft/v1/snapshot", post(snapshot))
+        .route(STAND, post(stand))
+        .layer(from_fn_with_state(lead.clone(), meant))
         .route("/raft/v1/ask", post(ask))
+        .route(SEAT, post(seat))
+        .route(members::ABOUT, post(about))
         .layer(DefaultBodyLimit::max(LIMIT))
         .with_state(lead)
+}
+
+/// Lets a message pass that is for this member, or for whoever is here.
+async fn meant(State(lead): State<Arc<Lead>>, request: Request, next: Next) -> Response {
+    let query = request.uri().query().unwrap_or_default();
+    let to = query.strip_prefix(TO).and_then(|it| it.strip_prefix('='));
+    match to {
+        Some(to) if to != lead.id.to_string() => {
+            let who = format!("this is member {}, not {to}", lead.id);
+            (StatusCode::MISDIRECTED_REQUEST, who).into_response()
+        }
+        _ => next.run(request).await,
+    }
 }
 
 fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, (StatusCode, String)> {
@@ -58,4 +78,21 @@ async fn snapshot(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
 
 async fn ask(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
     write(&lead.answer(read(&body)?).await)
+}
+
+async fn stand(State(lead): State<Arc<Lead>>) -> Reply {
+    write(&lead.election.stand().await)
+}
+
+async fn seat(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
+    let answer = match lead.ask(Ask::Seat(SeatOf::Name(read(&body)?))).await {
+        Ok(Answer::Seat(seat)) => Ok(seat),
+        Ok(_) => Err(AskError::Lagging),
+        Err(error) => Err(error),
+    };
+    write(&answer)
+}
+
+async fn about(State(lead): State<Arc<Lead>>) -> Reply {
+    write(&lead.about())
 }

@@ -1,7 +1,7 @@
 //! Talking to the other leads: one POST per message.
 //!
 //! ```text
-//!  POST /raft/v1/append | vote | snapshot     openraft's own messages
+//!  POST /raft/v1/append | vote | snapshot     openraft's own messages; ?to= says for which member
 //!  POST /raft/v1/ask                          what any lead asks of the leader
 //! ```
 //!
@@ -29,6 +29,9 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Member, Types, decode, encode};
 use crate::{dial::DialError, world::Wire};
+
+/// Names the member that a message of openraft's is for, by its id.
+pub(crate) const TO: &str = "to";
 
 /// How soon an unreachable lead is tried again.
 const RETRY: Duration = Duration::from_millis(250);
@@ -166,9 +169,11 @@ impl Peer {
         A: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
     {
+        // A lead that was replaced may have another behind its address: its part is nobody else's.
+        let path = format!("{path}?{TO}={}", self.id);
         let answer: Result<Result<A, RaftError<u64, E>>, PostError> = self
             .network
-            .post(&self.member, path, message, option.hard_ttl())
+            .post(&self.member, &path, message, option.hard_ttl())
             .await;
         match answer {
             Ok(Ok(answer)) => Ok(answer),

@@ -51,12 +51,14 @@ fn data_of_another_lead_is_refused() {
     let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
     let peers = BTreeMap::from([("a".to_owned(), address)]);
     let members = members(&peers);
+    let join = Join::default();
     let start = |name| Start {
         name,
         storage: folder(&dir),
         timers: Timers::default(),
         compaction: Compaction::default(),
         peers: &peers,
+        join: &join,
     };
     let own = |name| own_id(&disk, &start(name), &members, "d");
     assert!(matches!(own("b"), Err(StartError::NoGroup { .. })));

@@ -1,7 +1,7 @@
 //! A mesh of leads for tests: certificates and data in a temporary folder, ports given by the system.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::Path,
     time::{Duration, Instant},
@@ -12,11 +12,11 @@ use control_api::http::Status;
 use http::{Method, Request, StatusCode};
 use netmanager_api::identity::{Credentials, Role};
 use serde::de::DeserializeOwned;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use weft_lead::{
-    Options, Timers,
+    LeadError, Options, Timers,
     authority::{self, Wish},
     dial::{dial, exchange},
 };
@@ -41,7 +41,7 @@ pub(crate) async fn wait_for(
 
 struct Running {
     shutdown: CancellationToken,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<(), LeadError>>,
 }
 
 /// Leads that form one group.
@@ -52,6 +52,10 @@ pub(crate) struct TestMesh {
     /// Where the others are told that they are: behind a relay that can be cut.
     advertised: BTreeMap<String, SocketAddr>,
     relays: BTreeMap<String, Relay>,
+    /// The leads that formed the group.
+    first: BTreeMap<String, SocketAddr>,
+    /// Those that joined later.
+    joining: BTreeSet<String>,
     running: BTreeMap<String, Running>,
 }
 
@@ -92,20 +96,54 @@ impl TestMesh {
         for (name, address) in &addresses {
             relays.insert(name.clone(), Relay::start(*address).await);
         }
+        let advertised: BTreeMap<_, _> = relays
+            .iter()
+            .map(|(name, relay)| (name.clone(), relay.address))
+            .collect();
         let mut mesh = Self {
             dir,
-            advertised: relays
-                .iter()
-                .map(|(name, relay)| (name.clone(), relay.address))
-                .collect(),
+            first: advertised.clone(),
+            advertised,
             addresses,
             relays,
+            joining: BTreeSet::new(),
             running: BTreeMap::new(),
         };
         for (name, listener) in listeners {
             mesh.run(&name, listener);
         }
         mesh
+    }
+
+    /// Starts a lead that joins the group; where the others will find it.
+    pub(crate) async fn join_lead(&mut self, name: &str) -> SocketAddr {
+        let role = Role::Lead {
+            name: name.to_owned(),
+        };
+        let out = self.dir.path().join(format!("lead-{name}"));
+        if !out.exists() {
+            authority::issue(&self.dir.path().join("ca"), role, &out).unwrap();
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let relay = Relay::start(address).await;
+        self.joining.insert(name.to_owned());
+        self.addresses.insert(name.to_owned(), address);
+        self.advertised.insert(name.to_owned(), relay.address);
+        self.relays.insert(name.to_owned(), relay);
+        self.run(name, listener);
+        self.advertised[name]
+    }
+
+    /// Takes a stopped lead's disk away.
+    pub(crate) fn lose_disk(&self, name: &str) {
+        std::fs::remove_dir_all(self.dir.path().join(format!("data-{name}"))).unwrap();
+    }
+
+    /// What a lead that ended by itself says; its process is gone.
+    pub(crate) async fn ended(&mut self, name: &str) -> Result<(), LeadError> {
+        let running = self.running.remove(name).unwrap();
+        timeout(LIMIT, running.task).await.unwrap().unwrap()
     }
 
     fn run(&mut self, name: &str, listener: TcpListener) {
@@ -117,12 +155,19 @@ impl TestMesh {
             listen: self.addresses[name],
             advertise: Some(self.advertised[name]),
             mesh: Some(self.dir.path().join("ca/mesh.json")),
-            peers: self.advertised.clone(),
+            peers: match self.joining.contains(name) {
+                true => BTreeMap::new(),
+                false => self.first.clone(),
+            },
+            join: match self.joining.contains(name) {
+                true => self.first.clone(),
+                false => BTreeMap::new(),
+            },
             lease: Duration::from_secs(2),
             timers: Timers::default(),
         };
         let serving = weft_lead::serve(options, listener, shutdown.clone());
-        let task = tokio::spawn(async move { serving.await.unwrap() });
+        let task = tokio::spawn(serving);
         self.running
             .insert(name.to_owned(), Running { shutdown, task });
     }
@@ -142,7 +187,7 @@ impl TestMesh {
     pub(crate) async fn stop(&mut self, name: &str) {
         let running = self.running.remove(name).unwrap();
         running.shutdown.cancel();
-        running.task.await.unwrap();
+        running.task.await.unwrap().unwrap();
     }
 
     /// Stops every lead.

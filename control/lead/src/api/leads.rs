@@ -1,0 +1,136 @@
+//! The leads of the group: who they are, one more, one less, another leader.
+
+use axum::{
+    Json,
+    extract::{Path, State, rejection::JsonRejection},
+};
+use control_api::http::{Changed, Drained, Lead as Shown, LeadAdded, LeadRequest, List, Problem};
+use netmanager_api::identity::is_label;
+
+use super::{Answer, Read, Shared, bad_query};
+use crate::{
+    lead::{self, Ask, AskError, Lead},
+    problem::Refusal,
+    raft::members::Seat,
+};
+
+fn show(seat: Seat) -> Shown {
+    let role = match (seat.leads, seat.is_voter) {
+        (true, _) => "leader",
+        (false, true) => "voter",
+        (false, false) => "learner",
+    };
+    Shown {
+        name: seat.member.name,
+        id: seat.id,
+        address: seat.member.address,
+        role: role.to_owned(),
+        answers: seat.about.is_some(),
+        log_index: seat.matched,
+        applied_index: seat.about.as_ref().map(|about| about.applied),
+        version: seat.about.map(|about| about.version),
+        replaces: seat.member.replaces,
+    }
+}
+
+fn unexpected(_: lead::Answer) -> Refusal {
+    AskError::Lagging.into()
+}
+
+/// The leads of the group.
+#[utoipa::path(get, path = "/v1/leads", params(control_api::http::ReadQuery),
+    responses((status = 200, body = List<Shown>), (status = 503, body = Problem)))]
+pub(super) async fn list(State(lead): Shared, query: Read) -> Answer<List<Shown>> {
+    let query = query.map_err(|error| bad_query(&error))?;
+    let seats = if query.consistent {
+        match lead.ask(Ask::Seats).await? {
+            lead::Answer::Seats(seats) => seats,
+            other => return Err(unexpected(other)),
+        }
+    } else {
+        lead.seats().await
+    };
+    Ok(Json(List {
+        items: seats.into_iter().map(show).collect(),
+        index: lead.replica.applied(),
+        stale: !query.consistent,
+    }))
+}
+
+/// Adds a lead, which catches up and becomes a voter then; with `replaces`, that one leaves afterwards.
+#[utoipa::path(post, path = "/v1/leads", request_body = LeadRequest,
+    responses((status = 200, body = LeadAdded), (status = 400, body = Problem),
+        (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn add(
+    State(lead): Shared,
+    request: Result<Json<LeadRequest>, JsonRejection>,
+) -> Answer<LeadAdded> {
+    let Json(request) = request.map_err(|error| Refusal::field("body", "", error.body_text()))?;
+    if !is_label(&request.name) {
+        let rule = "a name is 1 to 63 of a-z, 0-9 and '-', first and last a letter or digit";
+        return Err(Refusal::field("name", &request.name, rule));
+    }
+    let address = request.address;
+    if address.port() == 0 || address.ip().is_unspecified() {
+        let rule = "the other leads cannot reach it there: name an address and a port";
+        return Err(Refusal::field("address", &address.to_string(), rule));
+    }
+    let ask = Ask::Admit {
+        name: request.name,
+        address,
+        replaces: request.replaces,
+    };
+    let (id, member) = match lead.ask(ask).await? {
+        lead::Answer::Seat(Some(seat)) => seat,
+        other => return Err(unexpected(other)),
+    };
+    Ok(Json(LeadAdded {
+        name: member.name,
+        id,
+        address: member.address,
+        join: join(&lead, member.replaces.unwrap_or(id), id),
+    }))
+}
+
+/// Where a new lead finds the group: at the members beside itself and the one that leaves.
+fn join(lead: &Lead, leaving: u64, own: u64) -> Vec<String> {
+    let members = lead.members_by_id().into_iter();
+    members
+        .filter(|(id, _)| *id != leaving && *id != own)
+        .map(|(_, member)| format!("{}={}", member.name, member.address))
+        .collect()
+}
+
+/// Removes a lead; a leader hands over first.
+#[utoipa::path(delete, path = "/v1/leads/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = Changed), (status = 404, body = Problem),
+        (status = 409, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn remove(State(lead): Shared, Path(name): Path<String>) -> Answer<Changed> {
+    lead.ask(Ask::Dismiss { name }).await?;
+    Ok(Json(Changed {
+        changed: true,
+        index: lead.replica.applied(),
+    }))
+}
+
+/// Lets another lead, if this one does.
+#[utoipa::path(post, path = "/v1/leads/{name}/drain", params(("name" = String, Path)),
+    responses((status = 200, body = Drained), (status = 404, body = Problem),
+        (status = 409, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn drain(State(lead): Shared, Path(name): Path<String>) -> Answer<Drained> {
+    hand_over(&lead, Some(name)).await
+}
+
+/// Lets another lead than whoever does.
+#[utoipa::path(post, path = "/v1/leads/drain",
+    responses((status = 200, body = Drained), (status = 409, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn drain_any(State(lead): Shared) -> Answer<Drained> {
+    hand_over(&lead, None).await
+}
+
+async fn hand_over(lead: &Lead, name: Option<String>) -> Answer<Drained> {
+    match lead.ask(Ask::HandOver { name }).await? {
+        lead::Answer::Leader(leader) => Ok(Json(Drained { leader })),
+        other => Err(unexpected(other)),
+    }
+}

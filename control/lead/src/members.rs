@@ -1,0 +1,298 @@
+//! Changing the leads of the group: what users ask for, and the steward that carries it on.
+//!
+//! A user's wish is one change of the membership (a learner more, a voter less); what follows from it is decided by
+//! [`Roll::next_step`] on whoever leads, so that it goes on when the leader falls, and never two at a time.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use futures::future::join_all;
+use openraft::{ChangeMembers, ServerState};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{
+    lead::{Answer, Ask, AskError, Lead, SeatOf},
+    raft::{
+        HandOver, Member,
+        members::{About, MemberError, Roll, Seat, Step},
+        propose::ProposeError,
+    },
+};
+
+/// Where a lead says how it is.
+pub(crate) const ABOUT: &str = "/raft/v1/about";
+/// How often the steward looks.
+const ROUND: Duration = Duration::from_millis(100);
+/// How long a change of the membership may take.
+const CHANGE: Duration = Duration::from_secs(3);
+/// A lead that heard no leader for so many leases asks whether it is still a member.
+const LONG_SILENCE: u32 = 4;
+
+impl Lead {
+    /// What this lead says of itself.
+    pub(crate) fn about(&self) -> About {
+        About {
+            id: self.id,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            applied: self.replica.applied(),
+        }
+    }
+
+    async fn about_of(&self, id: u64, member: &Member) -> Option<About> {
+        if id == self.id {
+            return Some(self.about());
+        }
+        let limit = self.timers.lease();
+        let answer = self.network.post::<_, About>(member, ABOUT, &(), limit);
+        answer.await.ok().filter(|about| about.id == id)
+    }
+
+    /// What every member says of itself, in the order of their ids.
+    pub(crate) async fn abouts(&self, roll: &Roll) -> Vec<(u64, Option<About>)> {
+        let asked = roll.nodes.iter().map(|(id, member)| async {
+            let about = self.about_of(*id, member).await;
+            (*id, about)
+        });
+        join_all(asked).await
+    }
+
+    async fn alive(&self, roll: &Roll) -> BTreeSet<u64> {
+        let abouts = self.abouts(roll).await.into_iter();
+        abouts.filter_map(|(id, about)| about.map(|_| id)).collect()
+    }
+
+    /// Every member, as this lead sees it; complete on the leader.
+    pub(crate) async fn seats(&self) -> Vec<Seat> {
+        let roll = Roll::of(&self.raft);
+        let leader = self.leader().map(|(id, _)| id);
+        let voters = roll.voters();
+        let abouts = self.abouts(&roll).await.into_iter();
+        abouts
+            .filter_map(|(id, about)| {
+                Some(Seat {
+                    id,
+                    member: roll.nodes.get(&id)?.clone(),
+                    is_voter: voters.contains(&id),
+                    leads: leader == Some(id),
+                    matched: roll.matched.get(&id).copied(),
+                    about,
+                })
+            })
+            .collect()
+    }
+
+    /// The member of this name or id in the committed membership.
+    pub(crate) async fn seat(&self, of: &SeatOf) -> Result<Option<(u64, Member)>, AskError> {
+        self.confirm().await?;
+        let roll = Roll::of(&self.raft);
+        if !roll.is_settled {
+            return Err(MemberError::Busy("the last change is not committed".to_owned()).into());
+        }
+        Ok(match of {
+            SeatOf::Id(id) => roll.nodes.get(id).map(|member| (*id, member.clone())),
+            SeatOf::Name(name) => roll.named(name).map(|(id, member)| (id, member.clone())),
+        })
+    }
+
+    /// Makes a lead a learner; the steward makes it a voter.
+    pub(crate) async fn admit(
+        &self,
+        name: String,
+        address: SocketAddr,
+        replaces: Option<String>,
+    ) -> Result<Answer, AskError> {
+        let _changing = self.changing.lock().await;
+        let roll = Roll::of(&self.raft);
+        let old = match &replaces {
+            None => None,
+            Some(old) => {
+                let unknown = || MemberError::Unknown(old.clone());
+                Some(roll.named(old).ok_or_else(unknown)?.0)
+            }
+        };
+        let member = Member {
+            name,
+            address,
+            replaces: old,
+        };
+        let mut others = roll.nodes.iter().filter(|(id, _)| Some(**id) != old);
+        if let Some((id, known)) = others.clone().find(|(_, it)| it.name == member.name) {
+            // The same wish again.
+            let again = known.address == address && !roll.voters().contains(id);
+            if again && replaces.is_none() {
+                return Ok(Answer::Seat(Some((*id, known.clone()))));
+            }
+            return Err(MemberError::Taken {
+                name: member.name,
+                address: known.address.to_string(),
+            }
+            .into());
+        }
+        if let Some((_, known)) = others.find(|(_, it)| it.address == address) {
+            return Err(MemberError::AddressTaken {
+                name: known.name.clone(),
+                address: address.to_string(),
+            }
+            .into());
+        }
+        if roll.is_moving() {
+            return Err(MemberError::Busy(moving(&roll)).into());
+        }
+        let id = roll.next_id();
+        tracing::info!(name = member.name, id, %address, replaces = ?old, "a lead is added");
+        let add = ChangeMembers::AddNodes([(id, member.clone())].into());
+        self.change(add).await?;
+        Ok(Answer::Seat(Some((id, member))))
+    }
+
+    /// Takes a lead out of the group; a leader gives way first.
+    pub(crate) async fn dismiss(&self, name: &str) -> Result<Answer, AskError> {
+        let roll = Roll::of(&self.raft);
+        let unknown = || MemberError::Unknown(name.to_owned());
+        let (id, _) = roll.named(name).ok_or_else(unknown)?;
+        let is_voter = roll.voters().contains(&id);
+        if is_voter {
+            if roll.is_moving() {
+                return Err(MemberError::Busy(moving(&roll)).into());
+            }
+            roll.can_lose(id, &self.alive(&roll).await)?;
+        }
+        if id == self.id {
+            self.hand_over(None).await?;
+            // The new leader is asked next.
+            return Err(ProposeError::NotLeader.into());
+        }
+        let _changing = self.changing.lock().await;
+        tracing::info!(name, id, "a lead is removed");
+        let out = match is_voter {
+            true => ChangeMembers::RemoveVoters([id].into()),
+            false => ChangeMembers::RemoveNodes([id].into()),
+        };
+        self.change(out).await?;
+        Ok(Answer::Seats(self.seats().await))
+    }
+
+    async fn change(&self, change: ChangeMembers<u64, Member>) -> Result<(), AskError> {
+        let failed = |error: String| AskError::from(MemberError::Raft(error));
+        match timeout(CHANGE, self.raft.change_membership(change, false)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(failed(format!(
+                "no majority confirmed it within {CHANGE:?}"
+            ))),
+        }
+    }
+
+    /// Lets another lead, if this one is meant; who leads then.
+    pub(crate) async fn hand_over(&self, name: Option<String>) -> Result<String, AskError> {
+        let roll = Roll::of(&self.raft);
+        match name {
+            Some(name) if roll.named(&name).is_none() => {
+                return Err(MemberError::Unknown(name).into());
+            }
+            Some(name) if name != self.name => return Ok(self.name.clone()),
+            _ => {}
+        }
+        let Ok(_changing) = self.changing.try_lock() else {
+            return Err(MemberError::Busy("a change is under way".to_owned()).into());
+        };
+        let hand_over = HandOver {
+            raft: &self.raft,
+            network: &self.network,
+            timers: self.timers,
+            id: self.id,
+            alive: self.alive(&roll).await,
+        };
+        self.gives_way.store(true, Ordering::Relaxed);
+        let heir = hand_over.run().await;
+        self.gives_way.store(false, Ordering::Relaxed);
+        let none = || MemberError::NoHeir(self.name.clone());
+        Ok(heir.ok_or_else(none)?)
+    }
+}
+
+/// What is under way, for people.
+fn moving(roll: &Roll) -> String {
+    let voters = roll.voters();
+    let mut learners = roll.nodes.iter().filter(|(id, _)| !voters.contains(id));
+    match learners.next() {
+        Some((_, member)) => format!("lead {} at {} catches up", member.name, member.address),
+        None => "the last change is not complete".to_owned(),
+    }
+}
+
+/// Carries changes of the membership on, on whoever leads; runs until the task is dropped.
+pub(crate) async fn steward(lead: Arc<Lead>) {
+    loop {
+        sleep(ROUND).await;
+        if !lead.leads() || !lead.has_majority() || !Roll::of(&lead.raft).is_moving() {
+            continue;
+        }
+        if let Err(error) = step(&lead).await {
+            tracing::warn!(%error, "the leads stay as they are for now");
+        }
+    }
+}
+
+async fn step(lead: &Lead) -> Result<(), AskError> {
+    let alive = lead.alive(&Roll::of(&lead.raft)).await;
+    let changing = lead.changing.lock().await;
+    let roll = Roll::of(&lead.raft);
+    let change = match roll.next_step(lead.id, &alive) {
+        None => return Ok(()),
+        Some(Step::Settle(voters)) => ChangeMembers::ReplaceAllVoters(voters),
+        Some(Step::Promote(id)) => {
+            tracing::info!(id, "a lead has caught up and becomes a voter");
+            ChangeMembers::AddVoterIds([id].into())
+        }
+        Some(Step::Retire(id)) => {
+            tracing::info!(id, "a lead is replaced and leaves");
+            ChangeMembers::RemoveVoters([id].into())
+        }
+        Some(Step::GiveWay) => {
+            drop(changing);
+            return lead.hand_over(None).await.map(|_| ());
+        }
+    };
+    lead.change(change).await
+}
+
+/// Returns when the group says that this lead is not a member any more. A lead that hears its leader is one.
+pub(crate) async fn removed(lead: &Lead) {
+    let mut heard = Instant::now();
+    loop {
+        sleep(lead.timers.lease()).await;
+        if lead.hears_leader().await {
+            heard = Instant::now();
+        }
+        if heard.elapsed() < LONG_SILENCE * lead.timers.lease() {
+            continue;
+        }
+        let ask = Ask::Seat(SeatOf::Id(lead.id));
+        let roll = Roll::of(&lead.raft);
+        let others = roll.nodes.iter().filter(|(id, _)| **id != lead.id);
+        for (_, member) in others {
+            if let Ok(Ok(Answer::Seat(None))) = lead.hand_on(member, &ask).await {
+                return;
+            }
+        }
+    }
+}
+
+impl Lead {
+    /// Whether this lead leads, or was told something by its leader within the last lease.
+    async fn hears_leader(&self) -> bool {
+        let lease = self.timers.lease();
+        let seen = self.raft.with_raft_state(move |state| {
+            let heard = state.vote_last_modified();
+            let lately =
+                heard.is_some_and(|at| Instant::now().saturating_duration_since(at) <= lease);
+            state.server_state == ServerState::Leader || lately
+        });
+        seen.await.unwrap_or(true)
+    }
+}

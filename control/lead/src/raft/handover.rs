@@ -1,0 +1,93 @@
+//! Handing the lead over without waiting for anybody to miss it.
+//!
+//! ```text
+//!  leader: takes no more changes --> an heir has its whole log --> no more heartbeats --> "stand!"
+//!  heir:   stands until it leads; the old leader votes at once, the others when their lease is over
+//! ```
+//!
+//! openraft 0.9 has no leadership transfer. The pause is one round trip with up to three leads, and with more the
+//! rest of a lease.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use openraft::ServerState;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Member, Raft, Timers, election::Election, members::Roll, network::Network};
+
+/// Where an heir is told to stand.
+pub(crate) const PATH: &str = "/raft/v1/stand";
+
+/// How often the leader looks whether an heir has its whole log.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// What a leader needs to hand over.
+pub(crate) struct HandOver<'a> {
+    pub(crate) raft: &'a Raft,
+    pub(crate) network: &'a Network,
+    pub(crate) timers: Timers,
+    pub(crate) id: u64,
+    /// The members that answer.
+    pub(crate) alive: BTreeSet<u64>,
+}
+
+impl HandOver<'_> {
+    /// Hands over to a voter that has the whole log; its name, or `None` when there is none or it did not win. The
+    /// caller sees to it that no change is proposed meanwhile.
+    pub(crate) async fn run(&self) -> Option<String> {
+        let heir = timeout(self.timers.lease(), self.heir()).await.ok()?;
+        tracing::info!(heir = heir.name, "handing over");
+        self.raft.runtime_config().heartbeat(false);
+        let won = self.unseat(&heir).await;
+        self.raft.runtime_config().heartbeat(true);
+        won.then_some(heir.name)
+    }
+
+    /// Waits for a voter with the whole log.
+    async fn heir(&self) -> Member {
+        loop {
+            let roll = Roll::of(self.raft);
+            let has_all = |id: &u64| roll.matched.get(id) == Some(&roll.last);
+            let mut voters = roll.voters().into_iter();
+            let heir = voters.find(|id| *id != self.id && self.alive.contains(id) && has_all(id));
+            if let Some(member) = heir.and_then(|id| roll.nodes.get(&id)) {
+                return member.clone();
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    async fn unseat(&self, heir: &Member) -> bool {
+        let limit = 2 * self.timers.lease();
+        let stand = self.network.post::<_, bool>(heir, PATH, &(), limit);
+        let mut metrics = self.raft.metrics();
+        let deposed = async {
+            let deposed = metrics.wait_for(|metrics| metrics.state != ServerState::Leader);
+            matches!(timeout(limit, deposed).await, Ok(Ok(_)))
+        };
+        let (stood, deposed) = tokio::join!(stand, deposed);
+        if let Err(error) = stood {
+            tracing::warn!(%error, heir = heir.name, "the heir did not stand");
+        }
+        deposed
+    }
+}
+
+impl Election {
+    /// Stands at once, and again until this lead leads or two leases are over; whether it leads.
+    pub(crate) async fn stand(&self) -> bool {
+        let end = Instant::now() + 2 * self.timers.lease();
+        tracing::info!("standing for election: the leader gives way");
+        while Instant::now() < end {
+            if self.raft.trigger().elect().await.is_err() {
+                return false;
+            }
+            let mut metrics = self.raft.metrics();
+            let elected = metrics.wait_for(|metrics| metrics.state == ServerState::Leader);
+            if let Ok(elected) = timeout(self.timers.stagger(), elected).await {
+                return elected.is_ok();
+            }
+        }
+        false
+    }
+}

@@ -1,0 +1,229 @@
+//! Changing who the leads are, while the group goes on.
+
+use std::time::{Duration, Instant};
+
+use control_api::http::{Changed, Drained, Lead, LeadAdded, List, Problem};
+use http::StatusCode;
+use weft_lead::LeadError;
+
+use crate::{
+    apply,
+    mesh::{LIMIT, TestMesh, wait_for},
+    names,
+};
+
+/// Two leases of the tests' timers: the longest pause of a hand-over.
+const TWO_LEASES: Duration = Duration::from_millis(1_500);
+
+async fn leads(mesh: &TestMesh, asked: &str) -> Vec<Lead> {
+    let (status, text) = mesh.ask(asked, "GET", "/v1/leads", "").await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let list: List<Lead> = serde_json::from_str(&text).unwrap();
+    list.items
+}
+
+fn voters(leads: &[Lead]) -> Vec<&str> {
+    let voters = leads.iter().filter(|lead| lead.role != "learner");
+    voters.map(|lead| lead.name.as_str()).collect()
+}
+
+/// Starts a lead and adds it, or puts it in the place of `old`; returns when it votes and the old one is gone.
+async fn add(mesh: &mut TestMesh, asked: &str, name: &str, old: Option<&str>) -> LeadAdded {
+    let address = mesh.join_lead(name).await;
+    let old = old.map_or("null".to_owned(), |old| format!("{old:?}"));
+    let body = format!(r#"{{"name":"{name}","address":"{address}","replaces":{old}}}"#);
+    let (status, text) = mesh.ask(asked, "POST", "/v1/leads", &body).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let added: LeadAdded = serde_json::from_str(&text).unwrap();
+    wait_for("it to vote", LIMIT, async || {
+        let leads = leads(mesh, asked).await;
+        let new = leads.iter().find(|lead| lead.id == added.id).unwrap();
+        let gone = |old: u64| leads.iter().all(|lead| lead.id != old);
+        new.role != "learner" && new.replaces.is_none_or(gone)
+    })
+    .await;
+    added
+}
+
+async fn remove(mesh: &TestMesh, asked: &str, name: &str) -> (StatusCode, String) {
+    mesh.ask(asked, "DELETE", &format!("/v1/leads/{name}"), "")
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_grows_from_one_lead_to_five_and_shrinks_again_without_losing_a_change() {
+    let mut mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let mut want = Vec::new();
+    let mut number = 0;
+    let mut change = async |mesh: &TestMesh, asked: &str| {
+        number += 1;
+        let name = format!("app{number:02}");
+        assert_eq!(apply(mesh, asked, &name).await.0, StatusCode::OK, "{name}");
+        want.push(format!("shop/{name}"));
+        want.clone()
+    };
+    change(&mesh, "a").await;
+    for name in ["b", "c", "d", "e"] {
+        add(&mut mesh, "a", name, None).await;
+        change(&mesh, name).await;
+    }
+    assert_eq!(voters(&leads(&mesh, "e").await), ["a", "b", "c", "d", "e"]);
+
+    // The leader among them: it hands over first.
+    for name in ["a", "b", "c", "d"] {
+        let (status, text) = remove(&mesh, "e", name).await;
+        assert_eq!(status, StatusCode::OK, "{name}: {text}");
+        let ended = mesh.ended(name).await;
+        assert!(matches!(ended, Err(LeadError::Removed { .. })), "{ended:?}");
+        change(&mesh, "e").await;
+    }
+    assert_eq!(voters(&leads(&mesh, "e").await), ["e"]);
+    let want = change(&mesh, "e").await;
+    assert_eq!(names(&mesh, "e").await, want);
+    let (status, text) = remove(&mesh, "e", "e").await;
+    assert_eq!(status, StatusCode::CONFLICT, "{text}");
+    assert!(text.contains("only voter"), "{text}");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_lost_its_disk_comes_back_as_another_member() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [lost, other] = mesh.others(&leader);
+    mesh.stop(&lost).await;
+    mesh.lose_disk(&lost);
+
+    // Two of three are left: neither may go now.
+    let (status, text) = remove(&mesh, &leader, &other).await;
+    assert_eq!(status, StatusCode::CONFLICT, "{text}");
+    let problem: Problem = serde_json::from_str(&text).unwrap();
+    assert!(problem.error.contains(&format!("silent: {lost}")), "{text}");
+
+    let before = leads(&mesh, &leader).await;
+    let old = before.iter().find(|lead| lead.name == lost).unwrap();
+    assert!(!old.answers, "{old:?}");
+    let new = add(&mut mesh, &other, &lost, Some(&lost)).await;
+    assert_ne!(new.id, old.id);
+    let after = leads(&mesh, &lost).await;
+    assert_eq!(after.len(), 3, "{after:?}");
+    assert!(after.iter().all(|lead| lead.answers), "{after:?}");
+
+    // The new member counts: with it and one more there is a majority.
+    mesh.stop(&other).await;
+    assert_eq!(apply(&mesh, &lost, "one").await.0, StatusCode::OK);
+    assert_eq!(names(&mesh, &lost).await, ["shop/one"]);
+    mesh.start_lead(&other).await;
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_was_removed_while_it_was_away_is_told_so() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [away, other] = mesh.others(&leader);
+    mesh.stop(&away).await;
+    let (status, text) = remove(&mesh, &other, &away).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+
+    mesh.start_lead(&away).await;
+    let ended = mesh.ended(&away).await.unwrap_err();
+    assert!(ended.to_string().contains("weft lead add"), "{ended}");
+    assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_leader_hands_over_with_a_pause_of_at_most_two_leases() {
+    for names in [&["a", "b", "c"][..], &["a", "b", "c", "d", "e"]] {
+        let mesh = TestMesh::start(names).await;
+        let leader = mesh.leader().await;
+        let asked = names.iter().find(|name| **name != leader).unwrap();
+        let writing = async {
+            let mut longest = Duration::ZERO;
+            let end = Instant::now() + Duration::from_secs(3);
+            let mut number = 0;
+            while Instant::now() < end {
+                let begin = Instant::now();
+                let (status, answer) = apply(&mesh, asked, &format!("app{number}")).await;
+                assert_eq!(status, StatusCode::OK, "{answer:?}");
+                longest = longest.max(begin.elapsed());
+                number += 1;
+            }
+            (longest, number)
+        };
+        let draining = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let path = format!("/v1/leads/{leader}/drain");
+            let (status, text) = mesh.ask(asked, "POST", &path, "").await;
+            assert_eq!(status, StatusCode::OK, "{text}");
+            serde_json::from_str::<Drained>(&text).unwrap().leader
+        };
+        let ((longest, number), heir) = tokio::join!(writing, draining);
+        println!(
+            "{} leads: {number} changes, longest {longest:?}",
+            names.len()
+        );
+        assert_ne!(heir, leader);
+        assert!(longest <= TWO_LEASES, "{} leads: {longest:?}", names.len());
+        assert_eq!(crate::names(&mesh, asked).await.len(), number);
+        // A lead that does not lead may be stopped: nothing changes.
+        let (_, again): (_, Drained) = mesh
+            .post(asked, &format!("/v1/leads/{leader}/drain"), "")
+            .await;
+        assert_eq!(again.leader, heir);
+        mesh.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wish_about_the_leads_that_cannot_be_met_says_why() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let address = leads(&mesh, "a").await.remove(0).address;
+    let body = |name: &str, address: &str, rest: &str| {
+        format!(r#"{{"name":"{name}","address":"{address}"{rest}}}"#)
+    };
+    let here = address.to_string();
+    let cases = [
+        (body("a", "127.0.0.1:9", ""), 409, "member already"),
+        (body("b", &here, ""), 409, "is lead a's address"),
+        (body("B", "127.0.0.1:9", ""), 400, "\"field\":\"name\""),
+        (body("b", "0.0.0.0:9", ""), 400, "\"field\":\"address\""),
+        (
+            body("b", "127.0.0.1:9", r#","replaces":"z""#),
+            404,
+            "no lead z",
+        ),
+        (body("b", "127.0.0.1:9", r#","vote":true"#), 400, "vote"),
+    ];
+    for (body, want, part) in cases {
+        let (status, text) = mesh.ask("a", "POST", "/v1/leads", &body).await;
+        assert_eq!(status.as_u16(), want, "{body}: {text}");
+        assert!(text.contains(part), "{body}: {text}");
+    }
+    let (status, text) = remove(&mesh, "a", "z").await;
+    assert_eq!(status, StatusCode::NOT_FOUND, "{text}");
+    let (status, text) = mesh.ask("a", "POST", "/v1/leads/drain", "").await;
+    assert_eq!(status, StatusCode::CONFLICT, "{text}");
+
+    // A lead that never comes is taken back, and does not stop the group.
+    let added: (_, LeadAdded) = mesh
+        .post("a", "/v1/leads", &body("b", "127.0.0.1:9", ""))
+        .await;
+    let again: (_, LeadAdded) = mesh
+        .post("a", "/v1/leads", &body("b", "127.0.0.1:9", ""))
+        .await;
+    assert_eq!(added, again);
+    let (status, text) = mesh
+        .ask("a", "POST", "/v1/leads", &body("c", "127.0.0.1:8", ""))
+        .await;
+    assert_eq!(status, StatusCode::CONFLICT, "{text}");
+    assert_eq!(apply(&mesh, "a", "one").await.0, StatusCode::OK);
+    let removed: (StatusCode, String) = remove(&mesh, "a", "b").await;
+    let changed: Changed = serde_json::from_str(&removed.1).unwrap();
+    assert!(changed.changed);
+    assert_eq!(voters(&leads(&mesh, "a").await), ["a"]);
+    mesh.end().await;
+}
