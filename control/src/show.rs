@@ -33,9 +33,17 @@ pub(crate) fn list<T: Rows>(list: &List<T>) -> String {
         table(T::HEADER, list.items.iter().map(Rows::row))
     };
     if list.stale {
-        text += "\n(newer changes may be missing)";
+        text += &format!("\n({}: newer changes may be missing)", age(list.age_ms));
     }
     text
+}
+
+/// How old an answer may be.
+fn age(age_ms: Option<u64>) -> String {
+    match age_ms {
+        Some(ms) => format!("as of {}.{} s ago", ms / 1_000, ms % 1_000 / 100),
+        None => "of unknown age".to_owned(),
+    }
 }
 
 fn or_dash(value: Option<impl ToString>) -> String {
@@ -315,7 +323,10 @@ pub(crate) fn status(status: &Status) -> String {
         line("lead", format!("{} {}{here}", member.name, member.address));
     }
     if status.stale {
-        text += "no majority of the leads is reached: changes wait, reads may be stale\n";
+        text += &format!(
+            "no majority of the leads is reached: changes wait, stale reads are {}\n",
+            age(status.age_ms)
+        );
     }
     text.trim_end().to_owned()
 }

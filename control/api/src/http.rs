@@ -84,6 +84,9 @@ pub struct List<T> {
     pub index: u64,
     /// Whether newer changes may be missing.
     pub stale: bool,
+    /// How old the answer may be, milliseconds: 0 unless it is stale, `None` where nobody knows.
+    #[serde(default)]
+    pub age_ms: Option<u64>,
 }
 
 /// What came of a goal file.
@@ -344,6 +347,9 @@ pub struct Explained {
     pub index: u64,
     /// Whether newer changes may be missing.
     pub stale: bool,
+    /// How old the answer may be, milliseconds: 0 unless it is stale, `None` where nobody knows.
+    #[serde(default)]
+    pub age_ms: Option<u64>,
 }
 
 /// How a lead and its group are.
@@ -369,6 +375,9 @@ pub struct Status {
     pub failover: String,
     /// Whether newer changes may be missing: no majority of the leads was reached.
     pub stale: bool,
+    /// How old the answer may be, milliseconds: 0 unless it is stale, `None` where nobody knows.
+    #[serde(default)]
+    pub age_ms: Option<u64>,
     /// Version of the lead.
     pub version: String,
 }

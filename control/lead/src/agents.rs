@@ -8,8 +8,9 @@
 //!     '-- the replica changes    --> what is new of Assignments and Tables
 //! ```
 //!
-//! A stream ends when its session does (the cluster was lost, or its agent came back on another lead); the agent
-//! dials again. While there is no leader reports and renewals wait, and nothing is withdrawn.
+//! A stream ends when its session does (the cluster was lost, or its agent came back on another lead), and when this
+//! lead is out of touch with the others; the agent dials again. While there is no leader reports and renewals wait,
+//! and nothing is withdrawn.
 
 use std::{sync::Arc, time::Duration};
 
@@ -75,6 +76,9 @@ impl LeadDoor for AgentDoor {
             let ended = tokio::select! {
                 ended = session(&lead, &cluster, inbound, outbound.clone()) => ended,
                 () = shutdown.cancelled() => Err(Status::unavailable("the lead is stopping")),
+                () = lead.out_of_touch() => Err(Status::unavailable(
+                    "this lead is out of touch with the others: another may not be",
+                )),
             };
             if let Err(status) = ended {
                 tracing::info!(%cluster, reason = status.message(), "an agent's stream ended");

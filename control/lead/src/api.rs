@@ -107,14 +107,41 @@ async fn no_method(method: Method, uri: Uri) -> Refusal {
 async fn read<T>(
     lead: &Lead,
     query: Read,
-    show: impl FnOnce(&KnowledgeBase, bool) -> T,
+    show: impl FnOnce(&KnowledgeBase, Freshness) -> T,
 ) -> Answer<T> {
     let Query(query) = query.map_err(|error| bad_query(&error))?;
-    if query.consistent {
-        lead.catch_up().await?;
+    let fresh = Freshness::of(lead, query).await?;
+    Ok(Json(lead.replica.read(|base| show(base, fresh))))
+}
+
+/// How fresh an answer is.
+#[derive(Clone, Copy, Debug)]
+struct Freshness {
+    stale: bool,
+    age_ms: Option<u64>,
+}
+
+impl Freshness {
+    /// Catches up, unless a stale answer is asked for.
+    async fn of(lead: &Lead, query: ReadQuery) -> Result<Self, Refusal> {
+        if query.consistent {
+            lead.catch_up().await?;
+            return Ok(Self {
+                stale: false,
+                age_ms: Some(0),
+            });
+        }
+        Ok(Self::stale(lead).await)
     }
-    let stale = !query.consistent;
-    Ok(Json(lead.replica.read(|base| show(base, stale))))
+
+    /// An answer from what this lead knows.
+    async fn stale(lead: &Lead) -> Self {
+        let ms = |unheard: Duration| u64::try_from(unheard.as_millis()).unwrap_or(u64::MAX);
+        Self {
+            stale: true,
+            age_ms: lead.unheard().await.map(ms),
+        }
+    }
 }
 
 fn bad_query(error: &QueryRejection) -> Refusal {
@@ -126,10 +153,11 @@ async fn list<T>(
     query: Read,
     items: impl FnOnce(&KnowledgeBase) -> Vec<T>,
 ) -> Answer<List<T>> {
-    let list = |base: &KnowledgeBase, stale| List {
+    let list = |base: &KnowledgeBase, fresh: Freshness| List {
         items: items(base),
         index: base.index,
-        stale,
+        stale: fresh.stale,
+        age_ms: fresh.age_ms,
     };
     read(lead, query, list).await
 }
@@ -196,11 +224,12 @@ async fn explain(
         .parse()
         .map_err(|error| Refusal::name("service", &text, &error))?;
     let now = lead.clock.now_ms();
-    let explained = read(&lead, query, |base, stale| Explained {
+    let explained = read(&lead, query, |base, fresh| Explained {
         slots: placement::explain(base, &name, now.max(base.log_time_ms)),
         service: text.clone(),
         index: base.index,
-        stale,
+        stale: fresh.stale,
+        age_ms: fresh.age_ms,
     });
     let explained = explained.await?;
     if explained.slots.is_empty() {

@@ -83,9 +83,10 @@ pub(crate) enum Ask {
     HandOver { name: Option<String> },
 }
 
-/// How a member is named.
+/// How a member is asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum SeatOf {
+    /// By a lead that joins, and has no id yet.
     Name(String),
     Id(u64),
 }
@@ -161,6 +162,8 @@ pub(crate) struct Lead {
     pub(crate) planned: watch::Sender<Planned>,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
+    /// Whether this lead is in touch with its group.
+    pub(crate) in_touch: watch::Sender<bool>,
     /// Held by whoever changes the membership.
     pub(crate) changing: tokio::sync::Mutex<()>,
 }
@@ -243,7 +246,10 @@ impl Lead {
                     _ => Err(AskError::Late),
                 }
             }
-            Ask::Seats => Ok(Answer::Seats(self.seats().await)),
+            Ask::Seats => {
+                self.confirm().await?;
+                Ok(Answer::Seats(self.seats().await))
+            }
             Ask::Seat(of) => self.seat(&of).await.map(Answer::Seat),
             Ask::Admit {
                 name,

@@ -15,6 +15,7 @@ mod agents;
 mod api;
 pub mod authority;
 mod board;
+mod contact;
 mod control;
 pub mod dial;
 mod door;

@@ -11,11 +11,11 @@ use std::{
 };
 
 use futures::future::join_all;
-use openraft::{ChangeMembers, ServerState};
-use tokio::time::{Instant, sleep, timeout};
+use openraft::ChangeMembers;
+use tokio::time::{sleep, timeout};
 
 use crate::{
-    lead::{Answer, Ask, AskError, Lead, SeatOf},
+    lead::{Answer, AskError, Lead, SeatOf},
     raft::{
         HandOver, Member,
         members::{About, MemberError, Roll, Seat, Step},
@@ -29,8 +29,6 @@ pub(crate) const ABOUT: &str = "/raft/v1/about";
 const ROUND: Duration = Duration::from_millis(100);
 /// How long a change of the membership may take.
 const CHANGE: Duration = Duration::from_secs(3);
-/// A lead that heard no leader for so many leases asks whether it is still a member.
-const LONG_SILENCE: u32 = 4;
 
 impl Lead {
     /// What this lead says of itself.
@@ -46,7 +44,8 @@ impl Lead {
         if id == self.id {
             return Some(self.about());
         }
-        let limit = self.timers.lease();
+        // Who is merely busy is not gone.
+        let limit = 2 * self.timers.lease();
         let answer = self.network.post::<_, About>(member, ABOUT, &(), limit);
         answer.await.ok().filter(|about| about.id == id)
     }
@@ -85,7 +84,8 @@ impl Lead {
             .collect()
     }
 
-    /// The member of this name or id in the committed membership.
+    /// The member of this id in the committed membership, or the one that a joining lead of this name becomes: a
+    /// learner. A voter had a disk, and whoever comes without one is not it.
     pub(crate) async fn seat(&self, of: &SeatOf) -> Result<Option<(u64, Member)>, AskError> {
         self.confirm().await?;
         let roll = Roll::of(&self.raft);
@@ -94,7 +94,10 @@ impl Lead {
         }
         Ok(match of {
             SeatOf::Id(id) => roll.nodes.get(id).map(|member| (*id, member.clone())),
-            SeatOf::Name(name) => roll.named(name).map(|(id, member)| (id, member.clone())),
+            SeatOf::Name(name) => {
+                let seat = roll.named(name).filter(|(id, _)| !roll.voters().contains(id));
+                seat.map(|(id, member)| (id, member.clone()))
+            }
         })
     }
 
@@ -259,40 +262,4 @@ async fn step(lead: &Lead) -> Result<(), AskError> {
         }
     };
     lead.change(change).await
-}
-
-/// Returns when the group says that this lead is not a member any more. A lead that hears its leader is one.
-pub(crate) async fn removed(lead: &Lead) {
-    let mut heard = Instant::now();
-    loop {
-        sleep(lead.timers.lease()).await;
-        if lead.hears_leader().await {
-            heard = Instant::now();
-        }
-        if heard.elapsed() < LONG_SILENCE * lead.timers.lease() {
-            continue;
-        }
-        let ask = Ask::Seat(SeatOf::Id(lead.id));
-        let roll = Roll::of(&lead.raft);
-        let others = roll.nodes.iter().filter(|(id, _)| **id != lead.id);
-        for (_, member) in others {
-            if let Ok(Ok(Answer::Seat(None))) = lead.hand_on(member, &ask).await {
-                return;
-            }
-        }
-    }
-}
-
-impl Lead {
-    /// Whether this lead leads, or was told something by its leader within the last lease.
-    async fn hears_leader(&self) -> bool {
-        let lease = self.timers.lease();
-        let seen = self.raft.with_raft_state(move |state| {
-            let heard = state.vote_last_modified();
-            let lately =
-                heard.is_some_and(|at| Instant::now().saturating_duration_since(at) <= lease);
-            state.server_state == ServerState::Leader || lately
-        });
-        seen.await.unwrap_or(true)
-    }
 }

@@ -16,7 +16,7 @@ use crate::{
     LeadError, StartError,
     agents::AgentDoor,
     board::Board,
-    control, door,
+    contact, control, door,
     lead::{Lead, Planned},
     leases::Leases,
     members,
@@ -90,12 +90,14 @@ impl Running {
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
             gives_way: AtomicBool::new(false),
+            in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
         });
         let tasks = TaskTracker::new();
         tasks.spawn(until(shutdown.clone(), proposing));
         tasks.spawn(until(shutdown.clone(), election.run()));
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
+        tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
         Ok(Self {
@@ -128,7 +130,7 @@ impl Running {
         let fatal = tokio::select! {
             () = self.shutdown.cancelled() => None,
             fatal = watch_raft(&self.lead) => Some(LeadError::Stopped(fatal)),
-            () = members::removed(&self.lead) => Some(LeadError::Removed {
+            () = contact::removed(&self.lead) => Some(LeadError::Removed {
                 name: self.lead.name.clone(),
                 id: self.lead.id,
             }),

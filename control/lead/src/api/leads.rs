@@ -7,7 +7,7 @@ use axum::{
 use control_api::http::{Changed, Drained, Lead as Shown, LeadAdded, LeadRequest, List, Problem};
 use netmanager_api::identity::is_label;
 
-use super::{Answer, Read, Shared, bad_query};
+use super::{Answer, Freshness, Read, Shared, bad_query};
 use crate::{
     lead::{self, Ask, AskError, Lead},
     problem::Refusal,
@@ -50,10 +50,18 @@ pub(super) async fn list(State(lead): Shared, query: Read) -> Answer<List<Shown>
     } else {
         lead.seats().await
     };
+    let fresh = match query.consistent {
+        true => Freshness {
+            stale: false,
+            age_ms: Some(0),
+        },
+        false => Freshness::stale(&lead).await,
+    };
     Ok(Json(List {
         items: seats.into_iter().map(show).collect(),
         index: lead.replica.applied(),
-        stale: !query.consistent,
+        stale: fresh.stale,
+        age_ms: fresh.age_ms,
     }))
 }
 

@@ -250,6 +250,10 @@ fn waiting_for(verdict: Verdict) -> Vec<String> {
 
 pub(super) async fn status(lead: &Lead) -> Status {
     let stale = lead.catch_up_now().await.is_err();
+    let age_ms = match stale {
+        true => super::Freshness::stale(lead).await.age_ms,
+        false => Some(0),
+    };
     let leader = lead.leader().map(|(_, member)| member.name);
     let members = lead.members();
     let (term, log_index) = {
@@ -286,6 +290,7 @@ pub(super) async fn status(lead: &Lead) -> Status {
                 Failover::Paused => "paused".to_owned(),
             },
             stale,
+            age_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     })

@@ -297,6 +297,43 @@ async fn what_one_cluster_says_of_itself_reaches_another_on_another_lead_and_no_
     mesh.end().await;
 }
 
+/// How a stream ends; everything before is passed over.
+async fn end_of(agent: &mut TestAgent) -> Status {
+    loop {
+        match timeout(LIMIT, agent.inbound.message()).await.unwrap() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended without a word"),
+            Err(status) => return status,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_is_cut_off_closes_its_streams_and_another_takes_them() {
+    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [deaf, other] = mesh.others(&leader);
+    let (mut agent, welcome) = TestAgent::follow(&mesh, &deaf, "edge", None).await.unwrap();
+    let session = Some(welcome.session);
+
+    // A follower that nobody reaches cannot know what is new.
+    mesh.hears(&deaf, false);
+    let ended = end_of(&mut agent).await;
+    assert_eq!(ended.code(), Code::Unavailable, "{ended:?}");
+    assert!(ended.message().contains("out of touch"), "{ended:?}");
+    let (mut agent, _) = TestAgent::follow(&mesh, &leader, "edge", session)
+        .await
+        .unwrap();
+
+    // A leader without a majority cannot, either.
+    mesh.stop(&other).await;
+    mesh.stop(&deaf).await;
+    let ended = end_of(&mut agent).await;
+    assert_eq!(ended.code(), Code::Unavailable, "{ended:?}");
+    assert!(ended.message().contains("out of touch"), "{ended:?}");
+    mesh.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_speaks_only_for_its_own_cluster() {
     let mesh = TestMesh::start(&["a"]).await;

@@ -82,10 +82,17 @@ async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
         mesh.post(&leader, "/v1/applications", &goal("two")).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(problem.error.contains("majority"), "{problem:?}");
-    let (status, list): (_, List<Application>) =
-        mesh.get(&leader, "/v1/applications?consistent=false").await;
-    assert_eq!((status, list.stale), (StatusCode::OK, true));
-    assert_eq!(list.items.len(), 1);
+    let stale = async || {
+        let path = "/v1/applications?consistent=false";
+        let (status, list): (_, List<Application>) = mesh.get(&leader, path).await;
+        assert_eq!((status, list.stale), (StatusCode::OK, true));
+        assert_eq!(list.items.len(), 1);
+        list.age_ms.unwrap()
+    };
+    // It heard its majority last before the change was refused, and grows older.
+    let age = stale().await;
+    assert!((1_000..60_000).contains(&age), "{age} ms");
+    assert!(stale().await >= age);
     let (_, status): (_, Status) = mesh.get(&leader, "/v1/status").await;
     assert!(status.stale);
 
