@@ -32,12 +32,28 @@ pub(crate) struct Leads {
     credentials: PathBuf,
 }
 
+/// The key of a change: asked again with the same one, it is carried out once.
+#[derive(Debug, Args)]
+pub(crate) struct Once {
+    /// A key of this change's own, up to 64 characters: repeat it to ask again without doing it again.
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
+}
+
+impl Once {
+    pub(crate) fn key(&self) -> Option<String> {
+        self.idempotency_key.clone()
+    }
+}
+
 /// A request for any lead.
 pub(crate) struct Ask<'a> {
     pub(crate) method: Method,
     pub(crate) path: &'a str,
     pub(crate) content_type: &'static str,
     pub(crate) body: Bytes,
+    /// The idempotency key of a change.
+    pub(crate) key: Option<String>,
 }
 
 impl<'a> Ask<'a> {
@@ -48,6 +64,7 @@ impl<'a> Ask<'a> {
             path,
             content_type: "application/json",
             body: Bytes::new(),
+            key: None,
         }
     }
 }
@@ -92,11 +109,14 @@ async fn one(
     ask: &Ask<'_>,
 ) -> anyhow::Result<(StatusCode, Bytes)> {
     let channel = dial(credentials, lead, |role| matches!(role, Role::Lead { .. }))?;
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(&ask.method)
         .uri(ask.path)
-        .header("content-type", ask.content_type)
-        .body(ask.body.clone())?;
+        .header("content-type", ask.content_type);
+    if let Some(key) = &ask.key {
+        request = request.header("idempotency-key", key);
+    }
+    let request = request.body(ask.body.clone())?;
     match timeout(ANSWER, exchange(channel, request)).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(anyhow!(

@@ -14,7 +14,7 @@ use control_api::http::{self, Changed, MigrationRequest};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    client::{Ask, Leads},
+    client::{Ask, Leads, Once},
     show::{self, Rows},
 };
 
@@ -75,6 +75,8 @@ pub(crate) struct Apply {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
+    once: Once,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -86,6 +88,7 @@ impl Apply {
             path: &format!("/v1/applications?dry_run={}", self.dry_run),
             content_type: "application/yaml",
             body: Bytes::from(goal),
+            key: self.once.key(),
         };
         let answer = self.common.answer(&ask, show::applied);
         answer.with_context(|| format!("{} was not applied", self.file.display()))
@@ -173,6 +176,8 @@ pub(crate) struct Delete {
     /// namespace/application.
     application: String,
     #[command(flatten)]
+    once: Once,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -181,6 +186,7 @@ impl Delete {
         let path = format!("/v1/applications/{}", self.application);
         let ask = Ask {
             method: Method::DELETE,
+            key: self.once.key(),
             ..Ask::get(&path)
         };
         let text = |_: &Changed| {
@@ -202,6 +208,8 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "CLUSTER")]
     to: String,
     #[command(flatten)]
+    once: Once,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -214,6 +222,7 @@ impl Migrate {
         let ask = Ask {
             method: Method::POST,
             body: serde_json::to_vec(&request)?.into(),
+            key: self.once.key(),
             ..Ask::get("/v1/migrations")
         };
         let text = |_: &Changed| format!("{} moves to {}: weft get migrations", self.slot, self.to);

@@ -13,7 +13,8 @@
 //!  POST   /v1/leads/{name}/drain                     -> Drained; also /v1/leads/drain, whoever leads
 //! ```
 //!
-//! An answer other than 2xx carries a [`Problem`]. Times are milliseconds since the Unix epoch, in log time.
+//! A change may carry the header `Idempotency-Key`: asked again with the same key and body it answers the same, and is
+//! carried out once; the last 100,000 keys are kept. An answer other than 2xx carries a [`Problem`]. Times are milliseconds since the Unix epoch, in log time.
 
 use std::{
     collections::BTreeMap,
@@ -380,6 +381,9 @@ pub struct Status {
     pub age_ms: Option<u64>,
     /// Version of the lead.
     pub version: String,
+    /// The feature level that every lead has: what needs a higher one waits.
+    #[serde(default)]
+    pub level: u32,
 }
 
 /// One lead.

@@ -22,6 +22,7 @@ use crate::{
     goal::{Application, PolicyName, Port, Requests, Writers},
     migration::Migration,
     name::{AppName, Name, ServiceName, Slot},
+    once::{KEY_LIMIT, Memory, Once},
     placement::Decision,
     report::{ClusterFacts, EndpointFact, InstanceId, NodeReport, Phase},
     table::Revision,
@@ -29,6 +30,7 @@ use crate::{
 
 mod cluster;
 mod numbers;
+mod restore;
 mod services;
 mod slots;
 #[cfg(test)]
@@ -72,6 +74,15 @@ pub struct KnowledgeBase {
     pub owed_stops: BTreeMap<Name, BTreeSet<InstanceId>>,
     /// The numbers in use and at rest.
     pub numbers: Numbers,
+    /// The feature level that every lead has: commands of a higher one are not proposed.
+    #[serde(default)]
+    pub level: u32,
+    /// Log time until which instances that nobody bound are adopted; 0 unless this state was restored.
+    #[serde(default)]
+    pub adopt_until_ms: u64,
+    /// What came of the last requests.
+    #[serde(default)]
+    pub memory: Memory,
 }
 
 /// The mesh as a whole.
@@ -302,6 +313,51 @@ impl KnowledgeBase {
                 event,
             } => self.advance_migration(slot, *target, *event),
             Command::Unbind { slot, epoch } => self.unbind(slot, *epoch),
+            Command::RaiseLevel { level } if *level > self.level => {
+                self.level = *level;
+                Ok(Applied::Changed)
+            }
+            Command::RaiseLevel { .. } => Ok(Applied::Unchanged),
+            Command::Once(once) => self.once(once),
+            Command::Restore(backup) => self.restore(backup),
+        }
+    }
+
+    fn once(&mut self, once: &Once) -> Outcome {
+        let nested = matches!(once.command, Command::Once(_));
+        if nested || once.key.is_empty() || once.key.len() > KEY_LIMIT {
+            return Err(Refusal::Invalid {
+                path: "key".to_owned(),
+                problem: format!("is not 1 to {KEY_LIMIT} bytes around one command"),
+            });
+        }
+        if let Some(outcome) = self.memory.recall(&once.key, once.part, once.body)? {
+            return outcome.clone();
+        }
+        let outcome = self.apply_one(&once.command);
+        self.memory.keep(once, &outcome);
+        outcome
+    }
+
+    /// A copy to try things on: without the memory of requests, which is large and not tried.
+    #[must_use]
+    pub fn sketch(&self) -> Self {
+        Self {
+            mesh: self.mesh.clone(),
+            index: self.index,
+            tables_index: self.tables_index,
+            log_time_ms: self.log_time_ms,
+            next_epoch: self.next_epoch,
+            clusters: self.clusters.clone(),
+            applications: self.applications.clone(),
+            services: self.services.clone(),
+            slots: self.slots.clone(),
+            migrations: self.migrations.clone(),
+            owed_stops: self.owed_stops.clone(),
+            numbers: self.numbers.clone(),
+            level: self.level,
+            adopt_until_ms: self.adopt_until_ms,
+            memory: Memory::default(),
         }
     }
 

@@ -6,10 +6,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    base::Mesh,
+    base::{KnowledgeBase, Mesh},
     goal::Application,
     migration::Event,
     name::{AppName, Name, ServiceName, Slot},
+    once::Once,
     placement::Decision,
     report::{ClusterFacts, Report},
 };
@@ -88,7 +89,24 @@ pub enum Command {
     },
     /// Log time goes on.
     Tick,
+    /// Every lead knows the commands of this feature level.
+    RaiseLevel {
+        /// The level.
+        level: u32,
+    },
+    /// The Knowledge Base becomes what a backup says, in another incarnation.
+    Restore(Box<KnowledgeBase>),
+    /// A command that came with a key: the same key is carried out once.
+    Once(Box<Once>),
 }
+
+/// The feature level of this version: what its leads understand beyond the first one's commands.
+///
+/// | level | adds |
+/// |---|---|
+/// | 0 | `InitMesh` to `Tick` |
+/// | 1 | `RaiseLevel`, `Once`, `Restore`, `DrainCluster` |
+pub const LEVEL: u32 = 1;
 
 /// The decision that a slot runs in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -282,6 +300,15 @@ pub enum Refusal {
         slot: Slot,
         /// How long still, milliseconds.
         wait_ms: u64,
+    },
+    /// A backup does not fit.
+    #[error("the backup is not this mesh's: {0}")]
+    OtherBackup(String),
+    /// A key stands for another request.
+    #[error("the idempotency key {key} was used for another request: take a new one")]
+    KeyReused {
+        /// Who used it, and the key.
+        key: String,
     },
     /// An asked-for address cannot be given.
     #[error("{path}: address {address} {problem}")]

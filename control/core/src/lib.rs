@@ -16,6 +16,7 @@ pub mod command;
 pub mod goal;
 pub mod migration;
 pub mod name;
+pub mod once;
 pub mod placement;
 pub mod plan;
 pub mod report;

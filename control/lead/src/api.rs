@@ -29,7 +29,11 @@ use control_core::{
 };
 use utoipa::OpenApi;
 
-use crate::{lead::Lead, problem::Refusal};
+use crate::{
+    lead::Lead,
+    once::{Key, Request},
+    problem::Refusal,
+};
 
 /// How long an answer waits for this lead's own replica.
 const FOLLOW: Duration = Duration::from_secs(3);
@@ -245,13 +249,19 @@ async fn explain(
         (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn apply(
     State(lead): Shared,
+    key: Key,
     query: Result<Query<ApplyQuery>, QueryRejection>,
     body: String,
 ) -> Answer<ApplyResponse> {
     let Query(query) = query.map_err(|error| bad_query(&error))?;
     let goals = goal::parse(&body)?;
+    let request = key.request(&lead, body.as_bytes());
     lead.catch_up().await?;
-    let before = lead.replica.read(Clone::clone);
+    if let Some(outcomes) = request.recall(&lead, goals.len())? {
+        let index = lead.replica.applied();
+        return outcome(&lead, &goals, outcomes, index).await;
+    }
+    let before = lead.replica.read(KnowledgeBase::sketch);
     let mut tried = before.clone();
     let now = lead.clock.now_ms().max(before.log_time_ms);
     let refused = try_out(&mut tried, commands(&goals), now)
@@ -266,28 +276,37 @@ async fn apply(
         let results: Vec<_> = goals.iter().map(|goal| result(&before, goal)).collect();
         return Ok(Json(applied(&tried, &goals, &results, now, true)));
     }
-    let done = lead.propose(commands(&goals)).await?;
+    let commands = request.once(&lead, commands(&goals))?;
+    let done = lead.propose(commands).await?;
+    outcome(&lead, &goals, done.outcomes, done.index).await
+}
+
+/// The answer to an apply, once entry `index` is planned for.
+async fn outcome(
+    lead: &Lead,
+    goals: &[Goal],
+    outcomes: Vec<Outcome>,
+    index: u64,
+) -> Answer<ApplyResponse> {
     let mut results = Vec::new();
     let mut refusals = Vec::new();
-    for (goal, outcome) in goals.iter().zip(done.outcomes) {
+    for outcome in outcomes {
         match outcome {
             Ok(Applied::Unchanged) => results.push(ApplyResult::Unchanged),
-            Ok(_) if before.applications.contains_key(&goal.name) => {
-                results.push(ApplyResult::Configured);
-            }
-            Ok(_) => results.push(ApplyResult::Created),
+            Ok(Applied::Generation(1)) => results.push(ApplyResult::Created),
+            Ok(_) => results.push(ApplyResult::Configured),
             Err(refusal) => refusals.push(Refusal::from(refusal)),
         }
     }
     if let Some(refusal) = Refusal::all(refusals) {
         return Err(refusal);
     }
-    if let Err(error) = lead.await_plan(done.index).await {
+    if let Err(error) = lead.await_plan(index).await {
         tracing::debug!(%error, "an answer does not show the plan");
-        lead.replica.reach(done.index, FOLLOW).await;
+        lead.replica.reach(index, FOLLOW).await;
     }
     Ok(Json(lead.replica.read(|base| {
-        applied(base, &goals, &results, lead.clock.now_ms(), false)
+        applied(base, goals, &results, lead.clock.now_ms(), false)
     })))
 }
 
@@ -341,13 +360,15 @@ fn applied(
     responses((status = 200, body = Changed), (status = 404, body = Problem), (status = 503, body = Problem)))]
 async fn remove(
     State(lead): Shared,
+    key: Key,
     Path((namespace, name)): Path<(String, String)>,
 ) -> Answer<Changed> {
     let text = format!("{namespace}/{name}");
     let application: AppName = text
         .parse()
         .map_err(|error| Refusal::name("application", &text, &error))?;
-    change(&lead, Command::Delete { application }).await
+    let request = key.request(&lead, b"");
+    change(&lead, &request, Command::Delete { application }).await
 }
 
 /// Moves a slot to another cluster, make-before-break.
@@ -356,33 +377,43 @@ async fn remove(
         (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn migrate(
     State(lead): Shared,
-    request: Result<Json<MigrationRequest>, JsonRejection>,
+    key: Key,
+    wish: Result<Json<MigrationRequest>, JsonRejection>,
 ) -> Answer<Changed> {
-    let Json(request) = request.map_err(|error| Refusal::field("body", "", error.body_text()))?;
-    let slot: Slot = request
+    let Json(wish) = wish.map_err(|error| Refusal::field("body", "", error.body_text()))?;
+    let slot: Slot = wish
         .slot
         .parse()
-        .map_err(|error| Refusal::name("slot", &request.slot, &error))?;
-    let to: Name = request
+        .map_err(|error| Refusal::name("slot", &wish.slot, &error))?;
+    let to: Name = wish
         .to
         .parse()
-        .map_err(|error| Refusal::name("to", &request.to, &error))?;
+        .map_err(|error| Refusal::name("to", &wish.to, &error))?;
+    let request = key.request(&lead, format!("{slot} {to}").as_bytes());
     lead.catch_up().await?;
+    // What it was a moment ago is not what it is now: a move that runs is not asked for twice.
+    if let Some(outcomes) = request.recall(&lead, 1)? {
+        return changed(outcomes, lead.replica.applied());
+    }
     let now = lead.clock.now_ms();
     let command = lead
         .replica
         .read(|base| plan::request_move(base, &slot, &to, now.max(base.log_time_ms)))?;
-    change(&lead, command).await
+    change(&lead, &request, command).await
 }
 
-async fn change(lead: &Lead, command: Command) -> Answer<Changed> {
-    let done = lead.propose(vec![command]).await?;
-    let outcome = done.outcomes.into_iter().next();
-    let applied = outcome.unwrap_or(Ok(Applied::Unchanged))?;
+async fn change(lead: &Lead, request: &Request, command: Command) -> Answer<Changed> {
+    let done = lead.propose(request.once(lead, vec![command])?).await?;
     lead.replica.reach(done.index, FOLLOW).await;
+    changed(done.outcomes, done.index)
+}
+
+fn changed(outcomes: Vec<Outcome>, index: u64) -> Answer<Changed> {
+    let outcome = outcomes.into_iter().next();
+    let applied = outcome.unwrap_or(Ok(Applied::Unchanged))?;
     Ok(Json(Changed {
         changed: applied != Applied::Unchanged,
-        index: done.index,
+        index,
     }))
 }
 

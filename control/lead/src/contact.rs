@@ -134,7 +134,11 @@ mod tests {
                 heard: heard.map(at),
                 leads_since: leads_since.map(at),
             };
-            assert_eq!(contact.is_kept(at(now), lease), want, "{contact:?} at {now}");
+            assert_eq!(
+                contact.is_kept(at(now), lease),
+                want,
+                "{contact:?} at {now}"
+            );
         }
     }
 }

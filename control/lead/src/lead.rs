@@ -26,6 +26,7 @@ use tokio::{
 use crate::{
     board::{self, Board},
     leases::Leases,
+    once::Keys,
     raft::{
         Member, Raft, Timers,
         election::Election,
@@ -162,6 +163,8 @@ pub(crate) struct Lead {
     pub(crate) planned: watch::Sender<Planned>,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
+    /// Keys for requests that come without one.
+    pub(crate) keys: Keys,
     /// Whether this lead is in touch with its group.
     pub(crate) in_touch: watch::Sender<bool>,
     /// Held by whoever changes the membership.

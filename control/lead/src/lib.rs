@@ -22,6 +22,7 @@ mod door;
 mod lead;
 mod leases;
 mod members;
+mod once;
 mod problem;
 mod raft;
 mod replica;

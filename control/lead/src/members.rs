@@ -10,15 +10,16 @@ use std::{
     time::Duration,
 };
 
+use control_core::command::{Command, LEVEL};
 use futures::future::join_all;
 use openraft::ChangeMembers;
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    lead::{Answer, AskError, Lead, SeatOf},
+    lead::{Answer, Ask, AskError, Lead, SeatOf},
     raft::{
         HandOver, Member,
-        members::{About, MemberError, Roll, Seat, Step},
+        members::{About, MemberError, Roll, Seat, Step, agreed_level},
         propose::ProposeError,
     },
 };
@@ -36,6 +37,7 @@ impl Lead {
         About {
             id: self.id,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            level: LEVEL,
             applied: self.replica.applied(),
         }
     }
@@ -61,7 +63,11 @@ impl Lead {
 
     async fn alive(&self, roll: &Roll) -> BTreeSet<u64> {
         let abouts = self.abouts(roll).await.into_iter();
-        abouts.filter_map(|(id, about)| about.map(|_| id)).collect()
+        let level = self.replica.read(|base| base.level);
+        // One that does not know the commands in the log is of no use to anybody.
+        abouts
+            .filter_map(|(id, about)| about.filter(|it| it.level >= level).map(|_| id))
+            .collect()
     }
 
     /// Every member, as this lead sees it; complete on the leader.
@@ -95,7 +101,9 @@ impl Lead {
         Ok(match of {
             SeatOf::Id(id) => roll.nodes.get(id).map(|member| (*id, member.clone())),
             SeatOf::Name(name) => {
-                let seat = roll.named(name).filter(|(id, _)| !roll.voters().contains(id));
+                let seat = roll
+                    .named(name)
+                    .filter(|(id, _)| !roll.voters().contains(id));
                 seat.map(|(id, member)| (id, member.clone()))
             }
         })
@@ -225,6 +233,30 @@ fn moving(roll: &Roll) -> String {
     match learners.next() {
         Some((_, member)) => format!("lead {} at {} catches up", member.name, member.address),
         None => "the last change is not complete".to_owned(),
+    }
+}
+
+/// Raises the mesh's feature level once every lead has it; runs until the task is dropped.
+pub(crate) async fn upgrade(lead: Arc<Lead>) {
+    loop {
+        sleep(lead.timers.lease()).await;
+        let level = lead
+            .replica
+            .read(|base| base.mesh.as_ref().map(|_| base.level));
+        if level.is_none_or(|level| level >= LEVEL) || !lead.leads() {
+            continue;
+        }
+        let abouts = lead.abouts(&Roll::of(&lead.raft)).await;
+        let Some(agreed) = agreed_level(&abouts).filter(|agreed| Some(*agreed) > level) else {
+            continue;
+        };
+        tracing::info!(level = agreed, "every lead has this feature level");
+        let raise = Command::RaiseLevel {
+            level: agreed.min(LEVEL),
+        };
+        if let Err(error) = lead.answer(Ask::Propose(vec![raise])).await {
+            tracing::debug!(%error, "the level stays for now");
+        }
     }
 }
 

@@ -22,17 +22,17 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Refusal {
     status: StatusCode,
-    problem: Problem,
+    problem: Box<Problem>,
 }
 
 impl Refusal {
     fn new(status: StatusCode, error: impl ToString) -> Self {
         Self {
             status,
-            problem: Problem {
+            problem: Box::new(Problem {
                 error: error.to_string(),
                 ..Problem::default()
-            },
+            }),
         }
     }
 
@@ -74,11 +74,19 @@ impl Refusal {
             .hint("weft cert --role ROLE issues a certificate for another role")
     }
 
+    /// Not every lead knows this yet.
+    pub(crate) fn level(what: &str, wanted: u32, level: u32) -> Self {
+        let error = format!("{what} wait for feature level {wanted}: the mesh is at {level}");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, error)
+            .hint("every lead must answer and be upgraded: weft lead list")
+    }
+
     /// Several refusals of one request, as the first with the others behind it.
     pub(crate) fn all(refusals: Vec<Self>) -> Option<Self> {
         let mut refusals = refusals.into_iter();
         let mut first = refusals.next()?;
-        first.problem.more.extend(refusals.map(|next| next.problem));
+        let rest = refusals.map(|next| *next.problem);
+        first.problem.more.extend(rest);
         Some(first)
     }
 

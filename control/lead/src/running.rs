@@ -20,6 +20,7 @@ use crate::{
     lead::{Lead, Planned},
     leases::Leases,
     members,
+    once::Keys,
     raft::{self, Compaction, Join, Started, Timers, network::Network, propose::Proposer},
     replica::Replica,
     world::World,
@@ -84,6 +85,7 @@ impl Running {
             proposer,
             network,
             timers: settings.timers,
+            keys: Keys::new(world.clock.now_ms()),
             clock: world.clock,
             election: election.clone(),
             leases: Leases::default().into(),
@@ -97,6 +99,7 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), proposing));
         tasks.spawn(until(shutdown.clone(), election.run()));
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
+        tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
         tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));

@@ -372,6 +372,9 @@ impl KnowledgeBase {
             .slots
             .get(slot)
             .is_some_and(|bindings| bindings.keys().any(|epoch| *epoch > report.id.epoch));
+        if !gone && self.adopt(cluster, slot, report) {
+            return;
+        }
         if !gone && bound_later {
             self.owe_stop(cluster, report.id.clone());
         }

@@ -82,11 +82,29 @@ impl Pool {
         }
     }
 
-    /// Somebody still uses a number that rests: it rests longer.
+    /// Somebody uses a number that nobody has, or that rests: it rests, and longer.
     pub(super) fn disturb(&mut self, number: u32, until_ms: u64) {
-        if let Some(rest) = self.resting.get_mut(&number) {
-            rest.until_ms = rest.until_ms.max(until_ms);
+        if self.used.contains(&number) {
+            return;
         }
+        let rest = self.resting.entry(number).or_insert(Rest {
+            until_ms,
+            after: None,
+        });
+        rest.until_ms = rest.until_ms.max(until_ms);
+    }
+
+    /// Lets every number rest that `present` has given and this pool has not, and goes on behind both.
+    pub(super) fn quarantine(&mut self, present: &Self, until_ms: u64) {
+        let rest = Rest {
+            until_ms,
+            after: None,
+        };
+        let given = present.used.iter().chain(present.resting.keys());
+        for number in given.filter(|number| !self.used.contains(*number)) {
+            self.resting.insert(*number, rest.clone());
+        }
+        self.last = self.last.max(present.last);
     }
 
     /// Ends the rest of the numbers for which it is over.

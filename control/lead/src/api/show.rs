@@ -292,6 +292,7 @@ pub(super) async fn status(lead: &Lead) -> Status {
             stale,
             age_ms,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            level: base.level,
         }
     })
 }

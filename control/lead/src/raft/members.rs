@@ -40,6 +40,8 @@ pub(crate) struct About {
     /// Who answers.
     pub(crate) id: u64,
     pub(crate) version: String,
+    /// The feature level of its version.
+    pub(crate) level: u32,
     /// The last entry that it has applied.
     pub(crate) applied: u64,
 }
@@ -181,6 +183,12 @@ impl Roll {
     }
 }
 
+/// The feature level that every member has; `None` while one does not say.
+pub(crate) fn agreed_level(abouts: &[(u64, Option<About>)]) -> Option<u32> {
+    let levels = abouts.iter().map(|(_, about)| Some(about.as_ref()?.level));
+    levels.collect::<Option<Vec<_>>>()?.into_iter().min()
+}
+
 /// Whether a majority of `voters` answers.
 pub(crate) fn has_majority(voters: &BTreeSet<u64>, alive: &BTreeSet<u64>) -> bool {
     2 * voters.intersection(alive).count() > voters.len()
@@ -301,6 +309,25 @@ mod tests {
         let one = roll(&[1], &[(70, None)]);
         let last = MemberError::Last("n1".to_owned());
         assert_eq!(one.can_lose(1, &set(&[1, 70])), Err(last));
+    }
+
+    #[test]
+    fn the_level_of_the_group_is_that_of_its_oldest_lead_and_nobodys_while_one_is_silent() {
+        let about = |id, level| {
+            let about = About {
+                id,
+                level,
+                version: String::new(),
+                applied: 0,
+            };
+            (id, Some(about))
+        };
+        assert_eq!(
+            agreed_level(&[about(1, 2), about(2, 1), about(3, 2)]),
+            Some(1)
+        );
+        assert_eq!(agreed_level(&[about(1, 2), (2, None), about(3, 2)]), None);
+        assert_eq!(agreed_level(&[]), None);
     }
 
     #[test]

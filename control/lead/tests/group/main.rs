@@ -4,6 +4,7 @@
 mod agents;
 mod members;
 mod mesh;
+mod once;
 mod relay;
 
 use std::time::{Duration, Instant};

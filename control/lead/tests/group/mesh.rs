@@ -62,6 +62,11 @@ pub(crate) struct TestMesh {
 impl TestMesh {
     /// Forms a group of leads with these names.
     pub(crate) async fn start(names: &[&str]) -> Self {
+        Self::start_some(names, names).await
+    }
+
+    /// Forms a group of leads with these names, of which only `running` run at first.
+    pub(crate) async fn start_some(names: &[&str], running: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let wish = Wish {
             name: "demo".to_owned(),
@@ -110,7 +115,9 @@ impl TestMesh {
             running: BTreeMap::new(),
         };
         for (name, listener) in listeners {
-            mesh.run(&name, listener);
+            if running.contains(&name.as_str()) {
+                mesh.run(&name, listener);
+            }
         }
         mesh
     }
@@ -243,7 +250,18 @@ impl TestMesh {
         path: &str,
         body: &str,
     ) -> (StatusCode, String) {
-        request(self.channel("user", lead), method, path, body).await
+        request(self.channel("user", lead), method, path, body, None).await
+    }
+
+    /// Asks a lead for a change with an idempotency key.
+    pub(crate) async fn ask_once(
+        &self,
+        lead: &str,
+        (method, path): (&str, &str),
+        body: &str,
+        key: &str,
+    ) -> (StatusCode, String) {
+        request(self.channel("user", lead), method, path, body, Some(key)).await
     }
 
     /// Asks a lead with other credentials.
@@ -254,7 +272,7 @@ impl TestMesh {
         method: &str,
         path: &str,
     ) -> (StatusCode, String) {
-        request(self.channel(who, lead), method, path, "").await
+        request(self.channel(who, lead), method, path, "", None).await
     }
 
     /// Gets and reads JSON.
@@ -279,13 +297,21 @@ fn read<T: DeserializeOwned>(text: &str) -> T {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-async fn request(channel: Channel, method: &str, path: &str, body: &str) -> (StatusCode, String) {
-    let request = Request::builder()
+async fn request(
+    channel: Channel,
+    method: &str,
+    path: &str,
+    body: &str,
+    key: Option<&str>,
+) -> (StatusCode, String) {
+    let mut request = Request::builder()
         .method(Method::from_bytes(method.as_bytes()).unwrap())
         .uri(path)
-        .header("content-type", "application/json")
-        .body(Bytes::from(body.to_owned()))
-        .unwrap();
+        .header("content-type", "application/json");
+    if let Some(key) = key {
+        request = request.header("idempotency-key", key);
+    }
+    let request = request.body(Bytes::from(body.to_owned())).unwrap();
     let (status, body) = exchange(channel, request).await.unwrap();
     (status, String::from_utf8(body.to_vec()).unwrap())
 }
