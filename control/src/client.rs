@@ -72,6 +72,12 @@ impl<'a> Ask<'a> {
 impl Leads {
     /// Asks the leads in turn and reads the answer of the first that gives one.
     pub(crate) fn ask<T: DeserializeOwned>(&self, ask: &Ask<'_>) -> anyhow::Result<T> {
+        serde_json::from_slice(&self.ask_bytes(ask)?)
+            .context("the lead's answer cannot be read: is it another version?")
+    }
+
+    /// Asks the leads in turn; the answer of the first that gives one, as it is.
+    pub(crate) fn ask_bytes(&self, ask: &Ask<'_>) -> anyhow::Result<Bytes> {
         let credentials = Credentials::load(&self.credentials).with_context(|| {
             format!(
                 "the credentials in {} do not serve",
@@ -82,9 +88,7 @@ impl Leads {
             .enable_all()
             .build()
             .context("failed to start the runtime")?;
-        let body = runtime.block_on(self.in_turn(&credentials, ask))?;
-        serde_json::from_slice(&body)
-            .context("the lead's answer cannot be read: is it another version?")
+        runtime.block_on(self.in_turn(&credentials, ask))
     }
 
     async fn in_turn(&self, credentials: &Credentials, ask: &Ask<'_>) -> anyhow::Result<Bytes> {

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use control_api::http::{Changed, Drained, Lead as Shown, LeadAdded, LeadRequest, List};
 
-use crate::{client::Ask, daemon, show, user::Common};
+use crate::{backup::Recover, client::Ask, daemon, show, user::Common};
 
 /// How often a lead that catches up is looked for.
 const LOOK: Duration = Duration::from_millis(250);
@@ -34,6 +34,8 @@ enum Change {
     Replace(Replace),
     /// Lets another lead, so that this one can be stopped.
     Drain(Drain),
+    /// Makes one stopped lead a group of its own, when a majority of the leads is lost for good.
+    Recover(Recover),
 }
 
 impl Lead {
@@ -49,6 +51,7 @@ impl Lead {
             (Some(Change::Remove(remove)), _) => remove.run(),
             (Some(Change::Replace(replace)), _) => replace.run(),
             (Some(Change::Drain(drain)), _) => drain.run(),
+            (Some(Change::Recover(recover)), _) => recover.run(),
             (None, Some(run)) => run.run(),
             (None, None) => anyhow::bail!("what shall the lead do: see weft lead --help"),
         }

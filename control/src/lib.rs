@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod authority;
+mod backup;
 mod client;
 mod daemon;
 mod flows;
@@ -49,6 +50,10 @@ enum Command {
     Migrate(user::Migrate),
     /// Says how the leads are.
     Status(user::Status),
+    /// Writes all that the leads know into a file.
+    Backup(backup::Backup),
+    /// Makes the mesh what a backup says.
+    Restore(backup::Restore),
     /// Shows what happens to flows on this node.
     Flows(flows::Flows),
     /// Says what this node would do with a packet, and why.
@@ -93,6 +98,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Delete(delete) => delete.run(),
         Command::Migrate(migrate) => migrate.run(),
         Command::Status(status) => status.run(),
+        Command::Backup(backup) => backup.run(),
+        Command::Restore(restore) => restore.run(),
         Command::Flows(flows) => flows.run(),
         Command::Trace(trace) => trace.run(),
         Command::Lab(lab) => Ok(lab.run()?),

@@ -7,6 +7,8 @@
 //!  GET    /v1/{applications|services|bindings|clusters|nodes|migrations}[?consistent=false] -> List<...>
 //!  GET    /v1/explain/{namespace}/{application}/{service} -> Explained
 //!  GET    /v1/status -> Status
+//!  GET    /v1/backup -> a file of two lines of JSON
+//!  POST   /v1/restore                                such a file -> Restored
 //!  GET    /v1/leads[?consistent=false] -> List<Lead>
 //!  POST   /v1/leads                                  LeadRequest -> LeadAdded
 //!  DELETE /v1/leads/{name}                           -> Changed
@@ -447,6 +449,17 @@ pub struct LeadAdded {
     pub address: SocketAddr,
     /// Where it finds the group: `NAME=IP:PORT`.
     pub join: Vec<String>,
+}
+
+/// A backup was restored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Restored {
+    /// The mesh's incarnation from now on.
+    pub incarnation: u64,
+    /// The log entry up to which the backup knew.
+    pub backup_index: u64,
+    /// Index of the log entry.
+    pub index: u64,
 }
 
 /// A lead does not lead any more.

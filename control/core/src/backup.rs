@@ -45,7 +45,9 @@ pub enum BackupError {
     #[error("it is not a backup of weft backup: {0}")]
     Other(String),
     /// It was written by a later version.
-    #[error("it has version {version} and feature level {level}, this weft reads {VERSION} and {LEVEL}: upgrade the leads first")]
+    #[error(
+        "it has version {version} and feature level {level}, this weft reads {VERSION} and {LEVEL}: upgrade the leads first"
+    )]
     Newer {
         /// Its version.
         version: u32,
@@ -129,7 +131,10 @@ mod tests {
         let text = write(&world.kb).unwrap();
         let (header, base) = read(&text).unwrap();
         assert_eq!(base, world.kb.sketch());
-        assert_eq!((header.mesh.as_str(), header.index), ("test", world.kb.index));
+        assert_eq!(
+            (header.mesh.as_str(), header.index),
+            ("test", world.kb.index)
+        );
         assert_eq!(write(&KnowledgeBase::default()), None);
     }
 
@@ -142,8 +147,16 @@ mod tests {
         assert!(matches!(read(&later), Err(BackupError::Newer { .. })));
         let level = text.replacen("\"level\":0", "\"level\":99", 1);
         assert!(matches!(read(&level), Err(BackupError::Newer { .. })));
-        for other in ["", "{}", "apiVersion: weft.dev/v1alpha1", &text.replace(FORMAT, "tar")] {
-            assert!(matches!(read(other), Err(BackupError::Other(_))), "{other:?}");
+        for other in [
+            "",
+            "{}",
+            "apiVersion: weft.dev/v1alpha1",
+            &text.replace(FORMAT, "tar"),
+        ] {
+            assert!(
+                matches!(read(other), Err(BackupError::Other(_))),
+                "{other:?}"
+            );
         }
         let short = text.lines().next().unwrap();
         assert!(matches!(read(short), Err(BackupError::Damaged { .. })));

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod assignment;
+pub mod backup;
 pub mod base;
 pub mod command;
 pub mod goal;

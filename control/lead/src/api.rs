@@ -1,5 +1,6 @@
 //! The control API's routes: parse, ask the lead, answer.
 
+mod backup;
 mod leads;
 mod show;
 
@@ -8,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{
-        Path, Query, State,
+        DefaultBodyLimit, Path, Query, State,
         rejection::{JsonRejection, QueryRejection},
     },
     http::{Method, Uri},
@@ -38,6 +39,9 @@ use crate::{
 /// How long an answer waits for this lead's own replica.
 const FOLLOW: Duration = Duration::from_secs(3);
 
+/// The largest backup that is restored, bytes: as large as a message between leads.
+const BACKUP: usize = 48 << 20;
+
 type Answer<T> = Result<Json<T>, Refusal>;
 type Shared = State<Arc<Lead>>;
 type Read = Result<Query<ReadQuery>, QueryRejection>;
@@ -61,6 +65,11 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         .route("/v1/leads/drain", post(leads::drain_any))
         .route("/v1/leads/{name}", delete(leads::remove))
         .route("/v1/leads/{name}/drain", post(leads::drain))
+        .route("/v1/backup", get(backup::backup))
+        .route(
+            "/v1/restore",
+            post(backup::restore).layer(DefaultBodyLimit::max(BACKUP)),
+        )
         .route("/openapi.json", get(document))
         .method_not_allowed_fallback(no_method)
         .fallback(no_path)
@@ -86,6 +95,8 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         migrate,
         explain,
         status,
+        backup::backup,
+        backup::restore,
         leads::list,
         leads::add,
         leads::remove,

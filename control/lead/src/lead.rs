@@ -243,10 +243,22 @@ impl Lead {
                 .map(Answer::Conditions),
             Ask::Planned { index } => {
                 let mut planned = self.planned.subscribe();
-                let seen = planned.wait_for(|planned| planned.seen >= index);
-                match timeout(PLAN, seen).await {
-                    Ok(Ok(planned)) => Ok(Answer::Index(planned.done)),
-                    _ => Err(AskError::Late),
+                let seen = async {
+                    let seen = planned.wait_for(|planned| planned.seen >= index).await;
+                    seen.map(|planned| planned.done)
+                };
+                let mut metrics = self.raft.metrics();
+                let deposed = async {
+                    let deposed = metrics.wait_for(|it| it.state != ServerState::Leader);
+                    let _ = deposed.await;
+                };
+                tokio::select! {
+                    seen = timeout(PLAN, seen) => match seen {
+                        Ok(Ok(done)) => Ok(Answer::Index(done)),
+                        _ => Err(AskError::Late),
+                    },
+                    // Its loop plans no more: the next leader's does.
+                    () = deposed => Err(ProposeError::NotLeader.into()),
                 }
             }
             Ask::Seats => {

@@ -44,7 +44,7 @@ use crate::{
     world::Folder,
 };
 pub use crate::{
-    raft::{Compaction, DiskError, Join, StartError, Timers},
+    raft::{Compaction, DiskError, Join, RecoverError, Recovery, StartError, Survivor, Timers},
     running::{Running, Settings},
     world::{Boxed, Clock, Storage, Wire, World},
 };

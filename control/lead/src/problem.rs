@@ -154,7 +154,7 @@ impl From<command::Refusal> for Refusal {
             | Why::UnknownService(_)
             | Why::UnknownSlot { .. } => StatusCode::NOT_FOUND,
             Why::NoMesh => StatusCode::SERVICE_UNAVAILABLE,
-            Why::Invalid { .. } | Why::Vip { .. } => StatusCode::BAD_REQUEST,
+            Why::Invalid { .. } | Why::Vip { .. } | Why::OtherBackup(_) => StatusCode::BAD_REQUEST,
             _ => StatusCode::CONFLICT,
         };
         let mut answer = Self::new(status, &refusal);

@@ -20,6 +20,7 @@ mod machine;
 pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod propose;
+mod recover;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,7 @@ pub use self::disk::DiskError;
 pub(crate) use self::handover::{HandOver, PATH as STAND};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
+pub use self::recover::{RecoverError, Recovery, Survivor};
 use self::{disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network};
 use crate::{replica::Replica, world::Storage};
 

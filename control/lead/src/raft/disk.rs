@@ -115,6 +115,11 @@ impl Disk {
         written.await.map_err(|_| DiskError::Task)?
     }
 
+    /// Like [`Disk::write`], for what runs alone.
+    pub(super) fn write_once(&self, writes: Vec<Write>) -> Result<(), DiskError> {
+        self.write_now(writes, Durability::Immediate)
+    }
+
     fn write_now(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let mut transaction = self.database.begin_write()?;
         transaction.set_durability(durability)?;

@@ -60,7 +60,17 @@ impl Machine {
         Ok(())
     }
 
-    fn apply_one(&mut self, entry: Entry<Types>) -> Vec<Outcome> {
+    /// The last entry that is applied.
+    pub(super) fn applied(&self) -> Option<LogId<u64>> {
+        self.applied
+    }
+
+    /// Who the members were then.
+    pub(super) fn membership(&self) -> &StoredMembership<u64, Member> {
+        &self.membership
+    }
+
+    pub(super) fn apply_one(&mut self, entry: Entry<Types>) -> Vec<Outcome> {
         self.applied = Some(entry.log_id);
         match entry.payload {
             EntryPayload::Blank => Vec::new(),

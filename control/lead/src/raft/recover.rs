@@ -127,7 +127,9 @@ impl Recovery {
     /// When the disk fails; nothing is changed then.
     pub fn run(self) -> Result<Survivor, RecoverError> {
         self.replica.write(|base| base.reincarnate());
-        let written = self.writes().and_then(|writes| self.disk.write_once(writes));
+        let written = self
+            .writes()
+            .and_then(|writes| self.disk.write_once(writes));
         written.map_err(|source| RecoverError::Disk {
             dir: self.dir.clone(),
             source,

@@ -17,7 +17,7 @@ const TWO_LEASES: Duration = Duration::from_millis(1_500);
 /// How long changes are measured before the hand-over.
 const BEFORE: Duration = Duration::from_millis(1_500);
 
-async fn leads(mesh: &TestMesh, asked: &str) -> Vec<Lead> {
+pub(crate) async fn leads(mesh: &TestMesh, asked: &str) -> Vec<Lead> {
     let (status, text) = mesh.ask(asked, "GET", "/v1/leads", "").await;
     assert_eq!(status, StatusCode::OK, "{text}");
     let list: List<Lead> = serde_json::from_str(&text).unwrap();
@@ -30,7 +30,12 @@ fn voters(leads: &[Lead]) -> Vec<&str> {
 }
 
 /// Starts a lead and adds it, or puts it in the place of `old`; returns when it votes and the old one is gone.
-async fn add(mesh: &mut TestMesh, asked: &str, name: &str, old: Option<&str>) -> LeadAdded {
+pub(crate) async fn add(
+    mesh: &mut TestMesh,
+    asked: &str,
+    name: &str,
+    old: Option<&str>,
+) -> LeadAdded {
     let address = mesh.join_lead(name).await;
     let old = old.map_or("null".to_owned(), |old| format!("{old:?}"));
     let body = format!(r#"{{"name":"{name}","address":"{address}","replaces":{old}}}"#);

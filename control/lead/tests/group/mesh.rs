@@ -16,7 +16,7 @@ use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use weft_lead::{
-    LeadError, Options, Timers,
+    LeadError, Options, Recovery, Survivor, Timers,
     authority::{self, Wish},
     dial::{dial, exchange},
 };
@@ -147,6 +147,12 @@ impl TestMesh {
         std::fs::remove_dir_all(self.dir.path().join(format!("data-{name}"))).unwrap();
     }
 
+    /// Makes a stopped lead a group of its own.
+    pub(crate) fn recover(&self, name: &str) -> Survivor {
+        let data = self.dir.path().join(format!("data-{name}"));
+        Recovery::open(data).unwrap().run().unwrap()
+    }
+
     /// What a lead that ended by itself says; its process is gone.
     pub(crate) async fn ended(&mut self, name: &str) -> Result<(), LeadError> {
         let running = self.running.remove(name).unwrap();
@@ -174,7 +180,14 @@ impl TestMesh {
             timers: Timers::default(),
         };
         let serving = weft_lead::serve(options, listener, shutdown.clone());
-        let task = tokio::spawn(serving);
+        let own = name.to_owned();
+        let task = tokio::spawn(async move {
+            let ended = serving.await;
+            if let Err(error) = &ended {
+                println!("lead {own} ended: {error:?}");
+            }
+            ended
+        });
         self.running
             .insert(name.to_owned(), Running { shutdown, task });
     }
@@ -195,6 +208,12 @@ impl TestMesh {
         let running = self.running.remove(name).unwrap();
         running.shutdown.cancel();
         running.task.await.unwrap().unwrap();
+        // Raft's own tasks let go of it a moment later.
+        let database = self.dir.path().join(format!("data-{name}/lead.redb"));
+        wait_for("its disk to be free", LIMIT, async || {
+            redb::Database::open(&database).is_ok()
+        })
+        .await;
     }
 
     /// Stops every lead.
