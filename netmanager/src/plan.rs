@@ -21,11 +21,13 @@ mod counters;
 mod desired;
 mod indexes;
 mod planner;
+mod room;
 mod runs;
 
 pub use desired::{Inputs, NodeEndpoint, PodEndpoint, TunnelDevice};
 pub use indexes::DEAD_REST;
-pub use planner::{Capacity, Planner, Shortage};
+pub use planner::Planner;
+pub use room::{Capacity, Shortage};
 pub use runs::RUN_REST;
 
 /// The content of every map that user space writes; flows and counters belong to the kernel.
