@@ -36,7 +36,7 @@ pub mod service;
 mod underlay;
 pub mod watch;
 
-pub use node::Node;
+pub use node::{Node, reasons};
 pub use pod::{Plain, Pod};
 pub use underlay::Underlay;
 

@@ -24,8 +24,9 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
-/// `BPF_NOEXIST` in `linux/bpf.h`.
+/// `BPF_NOEXIST` and `BPF_EXIST` in `linux/bpf.h`.
 const BPF_NOEXIST: u64 = 1;
+const BPF_EXIST: u64 = 2;
 /// Entries per step; a bucket's chain must fit.
 const STEP: usize = 1_024;
 
@@ -64,6 +65,11 @@ unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<()> {
         0.. => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Whether a hash map refused because it is full.
+fn is_full(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::E2BIG)
 }
 
 /// Some entries of a walk, and the token of those after them; `None` at the end.
@@ -208,24 +214,40 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
         })
     }
 
+    /// Writes as many of the entries as find room, over those that are there.
+    pub(super) fn put_some(&self, keys: &[K], values: &[V]) -> Result<(), DatapathError> {
+        match self.put(keys, values) {
+            Err(DatapathError::Batch { source, .. }) if is_full(&source) => Ok(()),
+            result => result,
+        }
+    }
+
     /// Writes an entry where there is none. A batch cannot: its update takes no such flag.
     pub(super) fn add(&self, key: &K, value: &V) -> Result<(), DatapathError> {
+        self.update(key, value, BPF_NOEXIST, libc::EEXIST)
+    }
+
+    /// Writes an entry where there is one.
+    pub(super) fn replace(&self, key: &K, value: &V) -> Result<(), DatapathError> {
+        self.update(key, value, BPF_EXIST, libc::ENOENT)
+    }
+
+    /// Writes an entry; that `flags` left it as it was is no error.
+    fn update(&self, key: &K, value: &V, flags: u64, left: i32) -> Result<(), DatapathError> {
         let mut attr = ElementAttr {
             map_fd: self.fd(),
             pad: 0,
             key: std::ptr::from_ref(key) as u64,
             value: std::ptr::from_ref(value) as u64,
-            flags: BPF_NOEXIST,
+            flags,
         };
         // SAFETY: as in `get`; key and value are only read.
         match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) } {
-            Err(source) if source.raw_os_error() != Some(libc::EEXIST) => {
-                Err(DatapathError::Batch {
-                    map: self.name,
-                    what: "take an entry",
-                    source,
-                })
-            }
+            Err(source) if source.raw_os_error() != Some(left) => Err(DatapathError::Batch {
+                map: self.name,
+                what: "take an entry",
+                source,
+            }),
             _ => Ok(()),
         }
     }
@@ -291,6 +313,14 @@ impl FlowTable {
             map: Batch::open(name, path)?,
             at: None,
         })
+    }
+
+    /// The entry of `key` as it is now.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn get(&self, key: &FlowKey) -> Result<Option<Flow>, DatapathError> {
+        Ok(self.map.get(&Raw(*key))?.map(|flow| flow.0))
     }
 }
 

@@ -1,14 +1,17 @@
 //! Copies what maps hold into maps of another size or layout, while packets flow.
 //!
-//! What user space writes is copied once. Flows are the kernel's: they are copied in passes, of which the last
-//! are short ([`takeover`](super::takeover)). From layout 1 to 2 a value grows at its end, where zero means "not
-//! known"; from 2 to 1 its end is cut off.
+//! What user space writes is copied once. Flows are the kernel's: they are copied in passes ([`flows`]). From
+//! layout 1 to 2 a value grows at its end, where zero means "not known"; from 2 to 1 its end is cut off.
 
-use std::{collections::HashSet, mem::offset_of, path::Path};
+use std::path::Path;
 
-use ebpf_common::layout::{self, Config, Flow, FlowKey, PROTO_TCP};
+use ebpf_common::layout::{self, Config, Flow, FlowKey};
 
 use super::{DatapathError, Sizes, batch::Batch, object::entries};
+
+mod flows;
+
+pub(super) use flows::{Flows, Pass, flows};
 
 /// Bytes of `Config` in layout 1.
 pub(super) const CONFIG_1: usize = 88;
@@ -150,177 +153,9 @@ pub(super) fn table(
     }
 }
 
-/// One pass over the flows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
-    /// Copies what is there.
-    All,
-    /// Copies what is there and removes what was copied and is no more; exact while no flow begins.
-    Exact,
-    /// Adds what is missing; the copies are in use already.
-    Missing,
-}
-
-/// Flows on their way between two forms.
-pub(super) trait Flows {
-    /// Makes a pass; gives how many flows it met.
-    fn pass(&mut self, pass: Pass) -> Result<usize, DatapathError>;
-}
-
-/// The flows in the maps `names` of `from` for `to`, each a layout and the folder of its maps.
-pub(super) fn flows(
-    names: &[&'static str],
-    from: (u32, &Path),
-    to: (u32, &Path),
-) -> Result<Box<dyn Flows>, DatapathError> {
-    let ((from_layout, from), (to_layout, to)) = (from, to);
-    Ok(match (from_layout, to_layout) {
-        (1, 1) => Box::new(Carrier::<FLOW_1, FLOW_1>::open(names, from, to)?),
-        (1, _) => {
-            let mut carrier = Carrier::<FLOW_1, FLOW>::open(names, from, to)?;
-            carrier.open_connections(from, to)?;
-            Box::new(carrier)
-        }
-        (_, 1) => Box::new(Carrier::<FLOW, FLOW_1>::open(names, from, to)?),
-        _ => Box::new(Carrier::<FLOW, FLOW>::open(names, from, to)?),
-    })
-}
-
-impl<const S: usize, const T: usize> Pair<S, T> {
-    /// Adds what was not copied yet and is not there.
-    fn add(&self, keys: &[[u8; KEY]], values: &[[u8; T]]) -> Result<(), DatapathError> {
-        for (key, value) in keys.iter().zip(values) {
-            if self.copied.contains(key) {
-                continue;
-            }
-            match self.to.add(key, value) {
-                Err(error) if self.is_guest => {
-                    // There is no room for what only opens or closes.
-                    tracing::warn!(%error, "a connection that opens or closes is lost");
-                }
-                result => result?,
-            }
-        }
-        Ok(())
-    }
-}
-
-struct Carrier<const S: usize, const T: usize> {
-    maps: Vec<Pair<S, T>>,
-}
-
-/// Which entries of one map go into which of the other.
-struct Pair<const S: usize, const T: usize> {
-    takes: fn(&[u8; KEY], &[u8; S]) -> bool,
-    /// The target has entries from another source too: nothing is replaced or removed there.
-    is_guest: bool,
-    from: Batch<[u8; KEY], [u8; S]>,
-    to: Batch<[u8; KEY], [u8; T]>,
-    copied: HashSet<[u8; KEY]>,
-}
-
-impl<const S: usize, const T: usize> Carrier<S, T> {
-    fn open(names: &[&'static str], from: &Path, to: &Path) -> Result<Self, DatapathError> {
-        let pair = |&name: &&'static str| {
-            Ok(Pair {
-                takes: |_, _| true,
-                is_guest: false,
-                from: Batch::open(name, &from.join(name))?,
-                to: Batch::open(name, &to.join(name))?,
-                copied: HashSet::new(),
-            })
-        };
-        let maps = names
-            .iter()
-            .map(pair)
-            .collect::<Result<_, DatapathError>>()?;
-        Ok(Self { maps })
-    }
-}
-
-impl Carrier<FLOW_1, FLOW> {
-    /// Layout 1 has TCP that opens or closes in `FLOWS_LRU`, beside shadows of what is established; this one has
-    /// all of TCP in `FLOWS`.
-    fn open_connections(&mut self, from: &Path, to: &Path) -> Result<(), DatapathError> {
-        for pair in &mut self.maps {
-            if pair.from.name() == FLOWS[1] {
-                pair.takes = |key, _| key[PROTO] != PROTO_TCP;
-            }
-        }
-        self.maps.push(Pair {
-            takes: |key, flow| key[PROTO] == PROTO_TCP && !is_shadow(flow),
-            is_guest: true,
-            from: Batch::open(FLOWS[1], &from.join(FLOWS[1]))?,
-            to: Batch::open(FLOWS[0], &to.join(FLOWS[0]))?,
-            copied: HashSet::new(),
-        });
-        Ok(())
-    }
-}
-
-/// Where a key has its protocol.
-const PROTO: usize = offset_of!(FlowKey, proto);
-
-/// Whether an entry of layout 1's `FLOWS_LRU` is what an established connection left behind.
-fn is_shadow(flow: &[u8; FLOW_1]) -> bool {
-    const FLAGS: usize = offset_of!(Flow, flags);
-    const CLOSING: u32 = layout::FLOW_FIN_CLIENT | layout::FLOW_FIN_BACKEND | layout::FLOW_RST;
-    let flags = u32::from_ne_bytes([
-        flow[FLAGS],
-        flow[FLAGS + 1],
-        flow[FLAGS + 2],
-        flow[FLAGS + 3],
-    ]);
-    flags & layout::FLOW_ESTABLISHED != 0 && flags & CLOSING == 0
-}
-
-impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
-    fn pass(&mut self, pass: Pass) -> Result<usize, DatapathError> {
-        let mut met = 0;
-        for pair in &mut self.maps {
-            let (mut keys, mut values) = (Vec::new(), Vec::new());
-            pair.from.each(|key, value| {
-                if (pair.takes)(&key, &value) {
-                    keys.push(key);
-                    values.push(resized::<S, T>(value));
-                }
-            })?;
-            met += keys.len();
-            if pass == Pass::Missing || pair.is_guest {
-                pair.add(&keys, &values)?;
-            } else if !keys.is_empty() {
-                pair.to.put(&keys, &values)?;
-            }
-            let found: HashSet<[u8; KEY]> = keys.into_iter().collect();
-            if pass == Pass::Exact && !pair.is_guest {
-                for gone in pair.copied.difference(&found) {
-                    pair.to.remove(gone)?;
-                }
-            }
-            pair.copied = found;
-        }
-        Ok(met)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shadow_of_an_established_connection_is_told_from_one_that_opens_or_closes() {
-        for (flags, want) in [
-            (layout::FLOW_SYN, false),
-            (layout::FLOW_SYN | layout::FLOW_SYN_ACK, false),
-            (layout::FLOW_SYN | layout::FLOW_ESTABLISHED, true),
-            (layout::FLOW_ESTABLISHED | layout::FLOW_FIN_CLIENT, false),
-            (layout::FLOW_ESTABLISHED | layout::FLOW_RST, false),
-        ] {
-            let mut flow = [0; FLOW_1];
-            flow[28..32].copy_from_slice(&u32::to_ne_bytes(flags));
-            assert_eq!(is_shadow(&flow), want, "{flags:#x}");
-        }
-    }
 
     #[test]
     fn a_value_grows_by_zeros_and_shrinks_by_its_end() {

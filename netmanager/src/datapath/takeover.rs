@@ -10,13 +10,15 @@
 //! `PROGRAMS` are switched: one update for all links. Flows begin all the time, so they are copied in passes:
 //!
 //! ```text
-//!  all ---- hold ---- exact ---- switch ---- missing ---- release
+//!  all ---- hold ---- exact ---- switch ---- late ---- release
 //! ```
 //!
 //! While a node holds ([`CONFIG_HOLD_NEW`]), a packet that would begin a flow goes back to the end of its link's
 //! queue: it waits for the milliseconds that the exact pass takes, and is lost to nobody. The programs of layout 1
 //! cannot hold; what begins there between the exact pass and the switch is found missing by the programs of this
-//! layout, which let its packets wait in the same way ([`CONFIG_HOLD_UNKNOWN`]) until the missing pass has brought it.
+//! layout, which let its packets wait in the same way ([`CONFIG_HOLD_UNKNOWN`]) until the late pass has brought it. It
+//! also brings what the old programs noted of a flow between the two passes: without, a connection whose handshake or
+//! end fell into these milliseconds would be half open, or open for ever.
 //! A hold ends by itself after [`HOLD`], should this process die.
 
 use std::{
@@ -351,10 +353,8 @@ fn exchange(
     }
     let count = flows.pass(Pass::Exact)?;
     switch(bpffs, object)?;
-    if !can_hold {
-        wait_for_programs();
-    }
-    if !can_hold && let Err(error) = flows.pass(Pass::Missing) {
+    wait_for_programs();
+    if let Err(error) = flows.pass(Pass::Late) {
         // There is no way back: the flows of the last milliseconds are lost.
         tracing::error!(error = chain(&error), "failed to bring the last flows over");
     }

@@ -6,7 +6,7 @@ use std::{
     io::{self, BufRead, BufReader, Write},
     net::{Ipv4Addr, Ipv6Addr},
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -154,6 +154,39 @@ impl Node {
         kill(Pid::from_raw(number), Signal::SIGKILL).is_ok()
     }
 
+    /// Does to the node what a reboot does: no daemon, no tunnel, nothing of Weft's in the kernel. The disk stays.
+    ///
+    /// # Panics
+    /// When something cannot be removed.
+    pub fn reboot(&mut self) {
+        self.kill();
+        self.kill_tunnel();
+        umount2(&self.path("bpf"), MntFlags::MNT_DETACH).unwrap();
+        self.netns.ip("link delete weft-node").unwrap();
+        for family in ["-4", "-6"] {
+            for priority in 5_746..5_749 {
+                self.netns
+                    .ip(&format!("{family} rule delete priority {priority}"))
+                    .unwrap();
+            }
+            self.netns
+                .ip(&format!("{family} route flush table all proto 157"))
+                .unwrap();
+        }
+    }
+
+    /// Runs `weft-netmanager guard`, as a unit of an early boot does.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn guard(&self) {
+        let mut command = Command::new(binary("weft-netmanager"));
+        command.arg("guard").arg("--state").arg(self.path("state"));
+        let output = self.netns.output(&mut command).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+
     /// What the daemons said so far.
     #[must_use]
     pub fn log(&self) -> String {
@@ -220,15 +253,7 @@ impl Node {
     /// When the counters are not pinned.
     #[must_use]
     pub fn reasons(&self) -> BTreeMap<&'static str, u64> {
-        let map = Map::PerCpuArray(MapData::from_pin(self.pin("REASONS")).unwrap());
-        let counters: PerCpuArray<MapData, u64> = map.try_into().unwrap();
-        Reason::ALL
-            .iter()
-            .map(|reason| {
-                let counts = counters.get(&(*reason as u32), 0).unwrap();
-                (reason.name(), counts.iter().sum())
-            })
-            .collect()
+        reasons(&self.pin("REASONS"))
     }
 
     /// The entries of `FLOWS`.
@@ -320,4 +345,21 @@ impl Node {
     pub(super) fn next_pod(&self) -> u32 {
         self.given.fetch_add(1, Ordering::Relaxed) + 1
     }
+}
+
+/// The counters of a pinned `REASONS`.
+///
+/// # Panics
+/// When it is none.
+#[must_use]
+pub fn reasons(pin: &Path) -> BTreeMap<&'static str, u64> {
+    let map = Map::PerCpuArray(MapData::from_pin(pin).unwrap());
+    let counters: PerCpuArray<MapData, u64> = map.try_into().unwrap();
+    Reason::ALL
+        .iter()
+        .map(|reason| {
+            let counts = counters.get(&(*reason as u32), 0).unwrap();
+            (reason.name(), counts.iter().sum())
+        })
+        .collect()
 }

@@ -2,13 +2,15 @@
 
 use std::{
     fs,
-    net::Ipv6Addr,
+    io::ErrorKind,
+    net::{Ipv6Addr, TcpStream},
     path::PathBuf,
     process::{Command, Output},
     thread,
     time::Duration,
 };
 
+use aya::maps::{Map, MapData, ProgramArray};
 use netmanager_api::{
     cni::{Reply, Request},
     table::{Backend, BackendState::Ready},
@@ -19,6 +21,7 @@ use nix::{
     unistd::Pid,
 };
 use weft_tests::{
+    mesh::reasons,
     topology,
     traffic::{call, echo},
     wait_for,
@@ -28,10 +31,12 @@ use weft_tests::{
 mod load;
 
 use self::load::{Load, Report};
-use super::machine::{Node, SOON, table, vip6};
+use super::machine::{Node, Pod, SOON, VIP4, table, vip6};
 
 /// How long load runs before and after what is tested.
 const CALM: Duration = Duration::from_millis(500);
+/// Long enough for a call on one machine, short enough to wait for one that is dropped.
+const A_MOMENT: Duration = Duration::from_millis(300);
 
 fn succeed(node: &Node, command: &mut Command) -> Output {
     let output = node.netns.output(command).unwrap();
@@ -47,6 +52,12 @@ fn refusal(node: &Node, command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// What the node's programs refused since its maps of this layout were made.
+fn refused(node: &Node, layout: &str) -> Vec<(&'static str, u64)> {
+    let counts = reasons(&node.path(&format!("bpf/{layout}/maps/REASONS")));
+    counts.into_iter().filter(|(_, count)| *count > 0).collect()
+}
+
 fn unharmed(report: &Report) {
     assert_eq!(report.opened.failures, [] as [&str; 0], "{report:?}");
     assert_eq!(report.kept.failures, [] as [&str; 0], "{report:?}");
@@ -58,9 +69,9 @@ fn unharmed(report: &Report) {
     eprintln!("{report:?}");
 }
 
-/// Hands a node back to the previous layout and takes it over again, twice, under load. By hand with the daemon of the
-/// previous version in between, too: `WEFT_TEST_PREVIOUS` is its path.
-fn layouts_change_under_load(label: &str, args: &[&str]) {
+/// Hands a node back to the previous layout and takes it over again, twice, under load, after so many calls that are
+/// over. By hand with the daemon of the previous version in between, too: `WEFT_TEST_PREVIOUS` is its path.
+fn layouts_change_under_load(label: &str, args: &[&str], calls: usize) {
     let previous = std::env::var_os("WEFT_TEST_PREVIOUS").map(PathBuf::from);
     let mut node = Node::prepare(label, args);
     node.program.clone_from(&previous);
@@ -74,10 +85,15 @@ fn layouts_change_under_load(label: &str, args: &[&str]) {
         node.run();
         node.wait_ready();
     }
+    for _ in 0..calls {
+        call(&client.netns, vip6()).unwrap();
+    }
     let load = Load::start(&client, &server);
     thread::sleep(CALM);
+    let mut counts = Vec::new();
     for _ in 0..2 {
         node.kill();
+        counts.push(refused(&node, "v2"));
         succeed(&node, &mut node.downgrade());
         assert!(node.path("bpf/v1/maps/FLOWS").exists());
         assert!(!node.path("bpf/v2").exists(), "what is dead is collected");
@@ -90,6 +106,7 @@ fn layouts_change_under_load(label: &str, args: &[&str]) {
             node.kill();
             node.program = None;
         }
+        counts.push(refused(&node, "v1"));
         node.run();
         node.wait_ready();
         assert!(node.path("bpf/v2/maps/FLOWS").exists());
@@ -101,7 +118,10 @@ fn layouts_change_under_load(label: &str, args: &[&str]) {
         assert!(node.path("bpf/v1/maps/PROGRAMS").exists());
         thread::sleep(CALM);
     }
-    unharmed(&load.end());
+    let report = load.end();
+    counts.push(refused(&node, "v2"));
+    eprintln!("refused, by layout in turn: {counts:?}");
+    unharmed(&report);
     let late = node.attach("late");
     assert_eq!(call(&late.netns, vip6()).unwrap().1, "server");
 }
@@ -109,13 +129,20 @@ fn layouts_change_under_load(label: &str, args: &[&str]) {
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn a_node_changes_to_the_previous_layout_and_back_and_no_request_fails() {
-    layouts_change_under_load("layout", &[]);
+    layouts_change_under_load("layout", &[], 0);
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_node_whose_flow_table_is_full_changes_layouts_and_no_request_fails() {
+    // 512 connections: what is over fills it.
+    layouts_change_under_load("layoutf", &["--flows", "1024"], 600);
 }
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn a_node_with_classifiers_changes_layouts_and_no_request_fails() {
-    layouts_change_under_load("layoutc", &["--hook", "clsact"]);
+    layouts_change_under_load("layoutc", &["--hook", "clsact"], 0);
 }
 
 #[test]
@@ -213,6 +240,36 @@ fn a_second_daemon_is_refused_and_told_which_process_is_the_first() {
     let said = refusal(&node, &mut node.downgrade());
     assert!(said.contains(&first), "{said}");
     assert_eq!(node.ask(&Request::Status), Reply::Done);
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn one_update_switches_every_link_of_a_node() {
+    let mut node = Node::start("switch", &[]);
+    let server = node.attach("s");
+    server.serve("server");
+    node.follow(&table(2, vec![server.backend(0, Ready)]));
+    let clients = ["a", "b", "c"].map(|name| node.attach(name));
+    let connects = |pod: &Pod| {
+        let connect = || TcpStream::connect_timeout(&(VIP4, 80).into(), A_MOMENT).map(drop);
+        pod.netns.run(connect).map_err(|error| error.kind())
+    };
+    for client in &clients {
+        assert_eq!(connects(client), Ok(()));
+    }
+    let slots = MapData::from_pin(node.path("bpf/programs/PROGRAMS")).unwrap();
+    let mut slots: ProgramArray<MapData> = Map::ProgramArray(slots).try_into().unwrap();
+    // The program of pods goes, and a dispatcher without one drops.
+    slots.clear_index(&0).unwrap();
+    for client in &clients {
+        assert_eq!(connects(client), Err(ErrorKind::TimedOut));
+    }
+    node.kill();
+    node.run();
+    node.wait_ready();
+    for client in &clients {
+        assert_eq!(connects(client), Ok(()));
+    }
 }
 
 #[test]

@@ -13,6 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use weft_tests::traffic::MARKER;
+
 use super::super::machine::{Pod, VIP4, vip6};
 
 /// How long an answer may take before the request counts as failed.
@@ -138,7 +140,7 @@ fn retransmitted_at(netns: PathBuf) -> u64 {
 }
 
 /// Runs requests at `rate` a second until `stop`.
-fn paced(rate: f64, stop: &AtomicBool, mut request: impl FnMut() -> io::Result<()>) -> Outcome {
+fn paced(rate: f64, stop: &AtomicBool, mut request: impl FnMut(u64) -> io::Result<()>) -> Outcome {
     let mut outcome = Outcome::default();
     let start = Instant::now();
     while !stop.load(Ordering::Relaxed) {
@@ -147,7 +149,7 @@ fn paced(rate: f64, stop: &AtomicBool, mut request: impl FnMut() -> io::Result<(
             thread::sleep(early);
         }
         let began = Instant::now();
-        if let Err(error) = request() {
+        if let Err(error) = request(outcome.requests) {
             outcome
                 .failures
                 .push(format!("{error} after {:?}", began.elapsed()));
@@ -160,27 +162,34 @@ fn paced(rate: f64, stop: &AtomicBool, mut request: impl FnMut() -> io::Result<(
 
 /// Each request on a connection of its own, which the client ends.
 fn open(to: SocketAddr, rate: f64, stop: &AtomicBool) -> Outcome {
-    paced(rate, stop, || {
+    paced(rate, stop, |number| {
         let mut stream = connect(to)?;
-        exchange(&mut stream)
+        exchange(&mut stream, number)
     })
 }
 
 /// All requests on one connection.
 fn keep(to: SocketAddr, rate: f64, stop: &AtomicBool) -> Outcome {
     let mut stream = connect(to).unwrap();
-    paced(rate, stop, || exchange(&mut stream))
+    paced(rate, stop, |number| exchange(&mut stream, number))
 }
 
 fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_nodelay(true)?;
-    stream.read_exact(&mut [0; "server\n".len()])?;
+    // All of it: who closes with bytes unread resets.
+    stream.read_exact(&mut [0; MARKER.len() + "server\n".len()])?;
     Ok(stream)
 }
 
-fn exchange(stream: &mut TcpStream) -> io::Result<()> {
-    stream.write_all(&[7; 100])?;
-    stream.read_exact(&mut [0; 100])
+fn exchange(stream: &mut TcpStream, request: u64) -> io::Result<()> {
+    let (question, mut answer) = ([request as u8; 100], [0; 100]);
+    stream.write_all(&question)?;
+    stream.read_exact(&mut answer)?;
+    if answer == question {
+        Ok(())
+    } else {
+        Err(io::Error::other("somebody else's answer"))
+    }
 }
