@@ -15,8 +15,9 @@ use crate::{
     daemon::{self, Settings, TunnelSettings},
     datapath::{HookMode, Sizes, hand_back, remove_pins},
     follow::Agent,
+    guard,
     links::Links,
-    store::Store,
+    store::{Store, StoreError},
     tunnel,
     wireguard::{Tunnels, WireGuard},
 };
@@ -35,6 +36,8 @@ enum Command {
     Run(Box<Run>),
     /// Carries a userspace tunnel; started by `run`, and outlives it.
     Tunnel(tunnel::Options),
+    /// Keeps packets of the mesh from leaving by a default route until `run` starts: for early in a boot.
+    Guard(Guard),
     /// Removes what `run` left in the kernel; the node leaves the mesh.
     Remove(Remove),
     /// Hands forwarding back to the layout of the previous version, flows included: run it after this version was
@@ -125,6 +128,26 @@ enum Hook {
 }
 
 #[derive(Debug, Args)]
+struct Guard {
+    /// State directory, as given to `run`.
+    #[arg(long, default_value = "/var/lib/weft/node")]
+    state: PathBuf,
+}
+
+impl Guard {
+    async fn execute(&self) -> anyhow::Result<()> {
+        match Store::open(&self.state) {
+            Ok(store) => Ok(guard::raise(&store, &Links::connect()?).await?),
+            Err(StoreError::InUse { .. }) => {
+                tracing::info!("a NetManager runs already, which guards");
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 struct Remove {
     /// State directory, as given to `run`; it stays, with the numbers that were given out.
     #[arg(long, default_value = "/var/lib/weft/node")]
@@ -170,6 +193,7 @@ impl Cli {
                 Ok(())
             }
             Command::Tunnel(options) => Ok(tunnel::run(&options)?),
+            Command::Guard(options) => current_thread()?.block_on(options.execute()),
             Command::Downgrade(options) => options.execute(),
             Command::Remove(options) => current_thread()?.block_on(options.execute()),
         }
@@ -196,7 +220,7 @@ fn current_thread() -> anyhow::Result<runtime::Runtime> {
 impl Remove {
     /// Goes on after an error and reports the first.
     async fn execute(self) -> anyhow::Result<()> {
-        let _lock = Store::open(&self.state)?;
+        let store = Store::open(&self.state)?;
         let settings = TunnelSettings {
             device: self.tunnel_device,
             port: 0,
@@ -215,6 +239,7 @@ impl Remove {
             tunnel = tunnel.and(removed);
         }
         let node = Links::connect()?.remove_node(&self.endpoint_device).await;
+        guard::keep(&store, &[])?;
         remove_pins(&self.bpffs)?;
         node?;
         Ok(tunnel?)

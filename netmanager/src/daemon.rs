@@ -1,6 +1,6 @@
 //! The daemon: one loop that takes what happens, and makes the kernel match what should be.
 //!
-//! Start, in this order: check the machine, take the state directory, load or take over the programs, read
+//! Start, in this order: check the machine, take the state directory, put the guards back, load or take over the programs, read
 //! back what the maps hold, open the CNI door, forward with the last table on disk, then follow the agent.
 //! Every event changes one thing that is known ([`node`]) and ends in the same reconciliation.
 
@@ -26,6 +26,7 @@ use crate::{
     datapath::{BpfDatapath, DatapathError, HookMode, Options, Sizes, preflight},
     door::{Door, DoorError},
     follow::{self, Agent, FollowError, Inbox, Outbox},
+    guard::{self, GuardError},
     links::{self, Links, LinksError},
     metrics::{self, Gauges},
     observe,
@@ -94,6 +95,9 @@ pub enum DaemonError {
     /// The state directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The guards.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// The CNI door.
     #[error(transparent)]
     Door(#[from] DoorError),
@@ -127,6 +131,8 @@ pub enum DaemonError {
 pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let found = preflight()?;
     let store = Arc::new(Store::open(&settings.state)?);
+    let links = Links::connect()?;
+    guard::raise(&store, &links).await?;
     if let Some(agent) = &settings.agent {
         follow::client_tls(agent)?;
     }
@@ -142,7 +148,6 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
         sizes: settings.sizes,
         splice: settings.splice.clone(),
     })?;
-    let links = Links::connect()?;
     let mtu = u32::from(mtu_over(
         links
             .underlay_mtu(settings.underlay.first().copied())
@@ -196,8 +201,7 @@ pub async fn run(settings: Settings) -> Result<(), DaemonError> {
     let keeping = tokio::spawn(node::keep_tables(store.clone(), keeping));
     let (deaths, died) = watch::channel(Arc::default());
     let (ending, ended) = watch::channel(0);
-    let [connections, _] = datapath.flow_tables()?;
-    tasks.spawn(tickle::follow(connections, died, ending));
+    tasks.spawn(tickle::follow(datapath.flow_tables()?, died, ending));
 
     let mut node = Node::restore(node::Parts {
         datapath,

@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod door;
 pub mod follow;
+pub mod guard;
 pub mod janitor;
 pub mod links;
 pub mod metrics;

@@ -121,6 +121,34 @@ fn a_datagram_client_hears_that_its_backend_died_and_then_finds_another() {
     }
 }
 
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_datagram_client_that_only_waits_is_told_when_its_backend_dies() {
+    let node = Node::start("told", &[]);
+    let (client, old, new) = (node.attach("c"), node.attach("o"), node.attach("n"));
+    old.serve("old");
+    new.serve("new");
+    node.follow(&table(2, vec![old.backend(0, Ready)]));
+    let mut waiting = Vec::new();
+    for from in [&client.netns, &node.netns] {
+        for to in vips() {
+            let to = SocketAddr::new(to, DNS);
+            let socket = datagram_socket(from, any_of(&to)).unwrap();
+            socket.connect(to).unwrap();
+            assert_eq!(datagram_over(&socket, to).unwrap(), "old");
+            waiting.push((to, socket));
+        }
+    }
+    node.follow(&table(3, vec![new.backend(1, Ready)]));
+    for (to, socket) in waiting {
+        let (after, error) = failure(|| socket.recv(&mut [0; 64]));
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{to}: {error}");
+        assert!(after < 2 * AT_ONCE, "{to}: {after:?}");
+        // Told once: what it says next finds another at once.
+        assert_eq!(datagram_over(&socket, to).unwrap(), "new", "{to}");
+    }
+}
+
 /// The table with every UDP port's flows following.
 fn following(mut table: Table) -> Table {
     for port in table

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use netmanager_api::{
     conditions::Coordinate,
     stream::InstanceRef,
@@ -23,6 +24,7 @@ use crate::{
     attachments::{AttachError, Attachments},
     datapath::{BpfDatapath, Datapath, DatapathError, FlowAccounts, FlowTable, Hook},
     follow::{Outbox, chain},
+    guard,
     janitor::{Census, Janitor, Limits},
     links::{Links, LinksError, NodeWish},
     metrics::Gauges,
@@ -80,6 +82,8 @@ pub(super) struct Node {
     pub(super) planner: Planner,
     /// The node endpoint, while nothing happened that may have changed it.
     endpoint: Option<NodeEndpoint>,
+    /// The prefixes whose guards are noted on disk.
+    guarded: Vec<IpNet>,
     pub(super) sight: Sight,
     pub(super) reached: BTreeSet<InstanceRef>,
     /// Where this node is in the network.
@@ -165,6 +169,7 @@ impl Node {
             trouble: None,
             planner,
             endpoint: None,
+            guarded: guard::kept(&parts.store)?,
             sight: parts.store.load(SIGHT_FILE)?.unwrap_or_default(),
             reached: BTreeSet::new(),
             coordinate: None,
@@ -413,6 +418,11 @@ impl Node {
         self.is_only6 = table.mesh.prefix4 != received.mesh.prefix4;
         self.table = Some(table);
         let endpoint = self.parts.links.ensure_node(&wish).await?;
+        let prefixes = wish.prefixes();
+        if self.guarded != prefixes {
+            guard::keep(&self.parts.store, &prefixes)?;
+            self.guarded = prefixes;
+        }
         self.endpoint = Some(endpoint.clone());
         Ok(endpoint)
     }

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use ebpf_common::layout::Settled;
+use ebpf_common::layout::{PROTO_UDP, Settled, VIP_FOLLOW, Vip, VipKey};
 
 use super::{monotonic, node::Node};
 use crate::{
@@ -78,17 +78,27 @@ impl Node {
         Ok(())
     }
 
-    /// Has the connections ended whose backends died since the last time.
+    /// Has the flows ended whose backends died since the last time.
     pub(super) fn mourn(&mut self, died: bool) {
         let before = self.deaths.borrow().count;
         // After a start nobody knows what the predecessor has told.
         if !died && before > 0 {
             return;
         }
-        let endpoints = self.planner.have().endpoints.values();
+        let have = self.planner.have();
+        let endpoints = have.endpoints.values();
+        let follows = |key: &VipKey, vip: &Vip| {
+            (key.proto == PROTO_UDP && vip.flags & VIP_FOLLOW != 0)
+                .then_some((key.addr, key.port_be))
+        };
         self.deaths.send_replace(Arc::new(Deaths {
             count: before + 1,
-            backends: self.planner.have().backends.clone(),
+            following: have
+                .vips
+                .iter()
+                .filter_map(|(key, vip)| follows(key, vip))
+                .collect(),
+            backends: have.backends.clone(),
             endpoints: endpoints
                 .map(|endpoint| (endpoint.number, *endpoint))
                 .collect(),

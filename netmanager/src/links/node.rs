@@ -61,13 +61,23 @@ pub struct NodeWish {
     pub addr4: Option<Ipv4Addr>,
 }
 
+impl NodeWish {
+    /// The mesh's prefixes.
+    #[must_use]
+    pub fn prefixes(&self) -> Vec<IpNet> {
+        std::iter::once(IpNet::V6(self.mesh6))
+            .chain(self.mesh4.map(IpNet::V4))
+            .collect()
+    }
+}
+
 impl Links {
     /// Makes the node endpoint, its routes, rules and guards, or what is missing of them.
     ///
     /// # Errors
     /// When the kernel refuses; what was made so far stays, and calling again goes on.
     pub async fn ensure_node(&self, wish: &NodeWish) -> Result<NodeEndpoint, LinksError> {
-        self.ensure_guards(wish).await?;
+        self.ensure_guards(&wish.prefixes()).await?;
         let (own, peer) = self.ensure_pair(wish).await?;
         loosen_reverse_path(&wish.name);
         self.ensure_addresses(own.ifindex, wish).await?;
@@ -212,22 +222,26 @@ impl Links {
         Ok(())
     }
 
-    /// The guards come first and need no device; then the rules that lead to them.
-    async fn ensure_guards(&self, wish: &NodeWish) -> Result<(), LinksError> {
-        let guard6 = RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(wish.mesh6.network(), wish.mesh6.prefix_len());
-        let mut guards = vec![guard(guard6)];
-        if let Some(mesh4) = wish.mesh4 {
-            let guard4 = RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(mesh4.network(), mesh4.prefix_len());
-            guards.push(guard(guard4));
+    /// Makes the guards of these prefixes of the mesh, which need no device, then the rules that lead to them; rules
+    /// for other prefixes go.
+    ///
+    /// # Errors
+    /// When the kernel refuses; what was made so far stays, and calling again goes on.
+    pub async fn ensure_guards(&self, prefixes: &[IpNet]) -> Result<(), LinksError> {
+        for prefix in prefixes {
+            let (network, length) = (prefix.network(), prefix.prefix_len());
+            let route = match network {
+                IpAddr::V4(network) => guard(
+                    RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(network, length),
+                ),
+                IpAddr::V6(network) => guard(
+                    RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(network, length),
+                ),
+            };
+            let result = self.handle.route().add(route).execute().await;
+            ignore_existing(result).map_err(|source| failed(format!("guard {prefix}"), source))?;
         }
-        for guard in guards {
-            let result = self.handle.route().add(guard).execute().await;
-            ignore_existing(result).map_err(|source| failed("guard the mesh prefixes", source))?;
-        }
-        let prefixes = std::iter::once(IpNet::V6(wish.mesh6)).chain(wish.mesh4.map(IpNet::V4));
-        self.ensure_rules(&prefixes.collect::<Vec<_>>()).await
+        self.ensure_rules(prefixes).await
     }
 
     /// Removes the node endpoint, rules and guards. Goes on after an error and gives the first.

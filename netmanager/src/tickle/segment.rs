@@ -1,15 +1,12 @@
 //! The segment that makes a pod speak, as a whole frame.
 
-use ebpf_common::layout::{Addr, Endpoint, Flow, FlowKey, PROTO_TCP};
+use ebpf_common::layout::{Endpoint, Flow, FlowKey, PROTO_TCP};
 
-/// `ETH_P_IP` and `ETH_P_IPV6` (linux/if_ether.h).
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
+use super::frame::{addresses, fold, frame, sum};
+
 /// A TCP header without options, and the one octet after it.
 const TCP_LEN: u16 = 20;
 const PAYLOAD: u16 = 1;
-/// How many hops it may take; it takes none.
-const HOPS: u8 = 64;
 const ACK: u8 = 0x10;
 
 /// One octet from the VIP of a forward entry to its client, at a sequence number that is not the next.
@@ -28,64 +25,18 @@ pub fn segment(key: &FlowKey, flow: &Flow, endpoint: &Endpoint) -> Vec<u8> {
     tcp.extend(1_u16.to_be_bytes());
     tcp.extend([0; 4]); // Checksum, urgent pointer.
     tcp.push(0);
-    let addresses = [octets(&key.dst), octets(&key.src)].concat();
-    let pseudo = sum(&addresses) + u32::from(PROTO_TCP) + u32::from(length);
+    let pseudo = sum(&addresses(key)) + u32::from(PROTO_TCP) + u32::from(length);
     let check = !fold(pseudo + sum(&tcp));
     tcp[16..18].copy_from_slice(&check.to_be_bytes());
-    let (kind, ip) = if key.dst.is_v4() {
-        (ETH_P_IP, ip4(&addresses, length))
-    } else {
-        (ETH_P_IPV6, ip6(&addresses, length))
-    };
-    [
-        &endpoint.mac[..],
-        &endpoint.host_mac,
-        &kind.to_be_bytes(),
-        &ip,
-        &tcp,
-    ]
-    .concat()
-}
-
-fn octets(address: &Addr) -> Vec<u8> {
-    let octets = address.to_bits().to_be_bytes();
-    octets[if address.is_v4() { 12 } else { 0 }..].to_vec()
-}
-
-fn ip4(addresses: &[u8], payload: u16) -> Vec<u8> {
-    let mut ip = vec![0x45, 0];
-    ip.extend((20 + payload).to_be_bytes());
-    ip.extend([0, 0, 0x40, 0, HOPS, PROTO_TCP, 0, 0]);
-    ip.extend(addresses);
-    let check = !fold(sum(&ip));
-    ip[10..12].copy_from_slice(&check.to_be_bytes());
-    ip
-}
-
-fn ip6(addresses: &[u8], payload: u16) -> Vec<u8> {
-    let mut ip = vec![0x60, 0, 0, 0];
-    ip.extend(payload.to_be_bytes());
-    ip.extend([PROTO_TCP, HOPS]);
-    ip.extend(addresses);
-    ip
-}
-
-/// The sum of 16-bit words in network byte order, an odd octet padded with zero (RFC 1071).
-fn sum(octets: &[u8]) -> u32 {
-    octets
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0)))
-        .sum()
-}
-
-fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
+    frame(key, endpoint, PROTO_TCP, &tcp)
 }
 
 #[cfg(test)]
 mod tests {
+    use ebpf_common::layout::Addr;
+
     use super::*;
+    use crate::tickle::frame::octets;
 
     #[test]
     fn it_is_a_right_segment_from_the_vip_to_the_client() {

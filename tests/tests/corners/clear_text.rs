@@ -172,6 +172,29 @@ fn nothing_is_in_clear_before_the_first_tunnel_is_up() {
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn nothing_is_in_clear_between_a_reboot_and_the_first_start_of_the_daemon() {
+    let mut stage = Stage::start("boot");
+    stage.wait_served();
+    // The pods of before the reboot are gone; this one's primary interface stands for those of other networks.
+    stage.client.netns.ip("link delete net1").unwrap();
+    let node = stage.mesh.node_mut(1);
+    node.reboot();
+    node.guard();
+    stage.press("guarded, no daemon yet");
+    stage.mesh.node_mut(1).run();
+    stage.press("the daemon starts");
+    stage.mesh.node(1).guard();
+    stage.mesh.node(1).wait_ready();
+    for to in balanced(5) {
+        wait_for("the host's call is answered", SOON, || {
+            call(&stage.mesh.node(1).netns, to).ok()
+        });
+    }
+    stage.press("the daemon is back");
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn the_watch_sees_a_packet_in_clear() {
     let mut mesh = Mesh::start("seen", 1);
     let netns = &mesh.node(1).netns;
