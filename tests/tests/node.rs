@@ -23,6 +23,8 @@ use weft_tests::{
 
 #[path = "follow/agent.rs"]
 mod agent;
+#[path = "node/limits.rs"]
+mod limits;
 #[path = "node/machine.rs"]
 mod machine;
 #[path = "node/mesh.rs"]
