@@ -11,7 +11,7 @@ use super::{DatapathError, Sizes, batch::Batch, object::entries};
 
 mod flows;
 
-pub(super) use flows::{Flows, Pass, flows};
+pub(super) use flows::{Flows, Key, Pass, flows};
 
 /// Bytes of `Config` in layout 1.
 pub(super) const CONFIG_1: usize = 88;

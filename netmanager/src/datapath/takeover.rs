@@ -28,7 +28,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{MapData, MapInfo, ProgramArray},
+    maps::{MapData, MapInfo, ProgramArray, Queue},
     programs::loaded_programs,
 };
 use ebpf_common::layout::{CONFIG_HOLD_NEW, CONFIG_HOLD_UNKNOWN, Config, LAYOUT_VERSION};
@@ -53,6 +53,8 @@ use crate::follow::chain;
 const HOLD: Duration = Duration::from_secs(2);
 /// `enum membarrier_cmd` in `linux/membarrier.h`.
 const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+/// The queue of connections that give way.
+const AGEING: &str = "AGEING";
 /// The layout before this one.
 const PREVIOUS: u32 = 1;
 
@@ -352,6 +354,7 @@ fn exchange(
         wait_for_programs();
     }
     let count = flows.pass(Pass::Exact)?;
+    queue(next, &flows.giving_way())?;
     switch(bpffs, object)?;
     wait_for_programs();
     if let Err(error) = flows.pass(Pass::Late) {
@@ -359,6 +362,21 @@ fn exchange(
         tracing::error!(error = chain(&error), "failed to bring the last flows over");
     }
     Ok((count, started.elapsed()))
+}
+
+/// Lets connections give way that a layout without the queue had: else they would keep their room for a minute each,
+/// and a full table could begin none.
+fn queue(next: &Set, keys: &[carry::Key]) -> Result<(), DatapathError> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let mut ageing: Queue<MapData, carry::Key> = open_map(&next.maps.join(AGEING), AGEING)?;
+    for key in keys {
+        if ageing.push(key, 0).is_err() {
+            break; // It is full: what is not in it is collected by its age.
+        }
+    }
+    Ok(())
 }
 
 /// Waits until every program that runs now has ended: one that began before a hold or a switch may still write.

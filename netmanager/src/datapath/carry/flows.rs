@@ -12,13 +12,15 @@
 
 use std::{collections::HashMap, mem::offset_of, path::Path};
 
-use ebpf_common::layout::{self, Flow, FlowKey, PROTO_TCP};
+use ebpf_common::layout::{self, FLOW_FORWARD, Flow, FlowKey, PROTO_TCP};
 
 use super::{FLOW, FLOW_1, FLOWS, KEY, resized};
 use crate::datapath::{DatapathError, batch::Batch};
 
-/// Where a key has its protocol, and a value of either layout its flags.
+/// Where a key has its protocol and direction, and a value of either layout its flags and when it was used last.
 const PROTO: usize = offset_of!(FlowKey, proto);
+const DIRECTION: usize = offset_of!(FlowKey, direction);
+const LAST_SEEN: usize = offset_of!(Flow, last_seen_ns);
 const FLAGS: usize = offset_of!(Flow, flags);
 /// What opens or is over leaves so much of a map to what is established: one part of eight.
 const SPARE: usize = 8;
@@ -38,6 +40,10 @@ pub(in crate::datapath) enum Pass {
 pub(in crate::datapath) trait Flows {
     /// Makes a pass; gives how many flows it met.
     fn pass(&mut self, pass: Pass) -> Result<usize, DatapathError>;
+
+    /// The connections that were copied and give way in the target, but are not in its queue: the forward keys, the
+    /// oldest first.
+    fn giving_way(&self) -> Vec<Key>;
 }
 
 /// The flows in the maps `names` of `from` for `to`, each a layout and the folder of its maps.
@@ -55,7 +61,8 @@ pub(in crate::datapath) fn flows(
     })
 }
 
-type Key = [u8; KEY];
+/// A `FlowKey`, as bytes.
+pub(in crate::datapath) type Key = [u8; KEY];
 
 /// Pairs in the order in which they are passed; a key belongs to the first that takes it.
 struct Carrier<const S: usize, const T: usize> {
@@ -130,6 +137,11 @@ fn flags_of(value: &[u8]) -> u32 {
     u32::from_ne_bytes(*flags.expect("a flow of either layout has its flags"))
 }
 
+fn last_seen(value: &[u8]) -> u64 {
+    let time = value[LAST_SEEN..].first_chunk();
+    u64::from_ne_bytes(*time.expect("a flow of either layout has its time"))
+}
+
 /// Whether an entry of layout 1's `FLOWS_LRU` is what an established connection left behind.
 fn is_shadow(flags: u32) -> bool {
     const CLOSING: u32 = layout::FLOW_FIN_CLIENT | layout::FLOW_FIN_BACKEND | layout::FLOW_RST;
@@ -161,6 +173,17 @@ impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
             }
         }
         Ok(met.len())
+    }
+
+    fn giving_way(&self) -> Vec<Key> {
+        let guests = self.pairs.iter().filter(|pair| pair.is_guest);
+        let mut found: Vec<(u64, Key)> = guests
+            .flat_map(|pair| pair.keys.iter().zip(&pair.values))
+            .filter(|(key, _)| key[DIRECTION] == FLOW_FORWARD)
+            .map(|(key, value)| (last_seen(value), *key))
+            .collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, key)| key).collect()
     }
 }
 
