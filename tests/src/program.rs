@@ -363,6 +363,14 @@ impl Node {
             .expect("SETTLED has room");
     }
 
+    /// As if an endpoint had been answered so often that it is not for long.
+    pub fn owe_answers(&mut self, endpoint: u32) {
+        let full = (u64::MAX / 2).to_ne_bytes();
+        self.hash::<4, 8>("ANSWERS")
+            .insert(endpoint.to_ne_bytes(), full, 0)
+            .expect("ANSWERS gives way");
+    }
+
     /// Forgets every flow, fragment, account and answer, as if the programs had just been loaded.
     pub fn forget_flows(&mut self) {
         const KEY: usize = size_of::<FlowKey>();

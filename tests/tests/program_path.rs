@@ -1,6 +1,6 @@
 //! How far a packet goes and how large it may be: hops, path MTU, segment sizes; and the checksums of it all.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Instant};
 
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
@@ -375,14 +375,19 @@ fn segment_sizes_stay_where_nothing_needs_them_changed() {
 fn how_many_answers_one_endpoint_causes_is_bounded_and_others_are_answered() {
     let mut stage = Stage::default();
     let flood = Packet::udp(client(Family::V6), vip(Family::V6), b"x");
+    let start = Instant::now();
     let answered = (0..20_000)
         .filter(|_| stage.send(CLIENT, &flood).action == REDIRECTED)
         .count();
+    // An emulated machine does not even send as many as may be answered.
+    let most = 2_100 + start.elapsed().as_millis() * 10;
     assert!(answered >= 2_000, "{answered}");
-    assert!(answered < 19_000, "{answered}");
+    assert!(answered as u128 <= most, "{answered} of {most}");
+    stage.node.owe_answers(CLIENT);
+    assert_eq!(stage.send(CLIENT, &flood).action, DROPPED);
     assert_eq!(
         stage.node.count(Reason::NotLinked),
-        20_000,
+        20_001,
         "all are counted"
     );
     let own = endpoint_address(Family::V6, NODE, 3);
