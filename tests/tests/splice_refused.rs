@@ -3,11 +3,6 @@
 //!
 //! Which kernel is as old is not for the test to guess: `cargo xtask vm` builds and runs this under those that are.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a step of a test that fails, fails the test, here as in its body"
-)]
-
 use netmanager_api::table::BackendState::Ready;
 use weft_tests::{
     Cgroup,
