@@ -1,8 +1,8 @@
 //! One lead: what its doors and its control loop share.
 //!
 //! Whatever only the leader may do is an [`Ask`]: a lead that is not the leader hands it on, so that any lead
-//! serves any client. An ask that failed is asked again until a leader is found or the limit passes; that is
-//! safe, because every command names what its proposer saw.
+//! serves any client. An ask that failed is asked again until a leader is found or the limit passes, except where
+//! that could change something twice.
 
 use std::{
     fmt,
@@ -82,6 +82,14 @@ pub(crate) enum Ask {
     Dismiss { name: String },
     /// Another lead is to lead, if this one does, or if none is named.
     HandOver { name: Option<String> },
+}
+
+impl Ask {
+    /// Whether it may change something once more when it comes again.
+    fn counts_twice(&self) -> bool {
+        let is_keyed = |command: &Command| matches!(command, Command::Once(_));
+        matches!(self, Self::Propose(commands) if !commands.iter().all(is_keyed))
+    }
 }
 
 /// How a member is asked for.
@@ -169,6 +177,8 @@ pub(crate) struct Lead {
     pub(crate) in_touch: watch::Sender<bool>,
     /// Held by whoever changes the membership.
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// The end of its log when it started.
+    pub(crate) began_at: Option<LogId<u64>>,
 }
 
 impl fmt::Debug for Lead {
@@ -196,6 +206,10 @@ impl Lead {
                     Ok(answer) => return answer,
                     Err(error) => {
                         tracing::debug!(%error, leader = member.name, "the leader did not answer");
+                        if ask.counts_twice() && !error.never_arrived() {
+                            // A second time it could undo what others changed meanwhile.
+                            return Err(ProposeError::Unknown.into());
+                        }
                         None
                     }
                 },
@@ -208,7 +222,10 @@ impl Lead {
                 });
             }
             metrics.mark_unchanged();
-            let _ = timeout(AGAIN, metrics.changed()).await;
+            if let Ok(Err(_)) = timeout(AGAIN, metrics.changed()).await {
+                // Raft has ended here: nothing will ever change.
+                return Err(ProposeError::Stopped.into());
+            }
         }
     }
 
@@ -375,12 +392,12 @@ impl Lead {
         }
     }
 
-    /// Whether this lead thinks that it leads, and has applied all that was acknowledged before its term.
+    /// Whether this lead thinks that it leads, and has applied all that was acknowledged before.
     pub(crate) fn leads(&self) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
-        let own_term = |applied: LogId<u64>| applied.leader_id.term == metrics.current_term;
-        metrics.state == ServerState::Leader && metrics.last_applied.is_some_and(own_term)
+        metrics.state == ServerState::Leader
+            && is_up_to_date(metrics.last_applied, metrics.current_term, self.began_at)
     }
 
     /// Whether a majority acknowledged this leader so lately that no other can have been elected and then
@@ -429,5 +446,37 @@ impl Lead {
     /// The leases of the clusters; only the leader's mean anything.
     pub(crate) fn leases(&self) -> std::sync::MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a leader of `term` that has applied `applied` knows all that was acknowledged before: an entry of its
+/// own term is behind all of earlier ones, and a leader that restarted within its term (openraft lets it go on)
+/// may have acknowledged whatever its log held then.
+fn is_up_to_date(applied: Option<LogId<u64>>, term: u64, began_at: Option<LogId<u64>>) -> bool {
+    applied.is_some_and(|applied| applied.leader_id.term == term) && applied >= began_at
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::CommittedLeaderId;
+
+    use super::*;
+
+    #[test]
+    fn a_leader_that_restarted_within_its_term_first_applies_what_it_may_have_acknowledged() {
+        let log = |term, index| Some(LogId::new(CommittedLeaderId::new(term, 1), index));
+        for (applied, term, began_at, want) in [
+            (None, 1, None, false),
+            (log(1, 1), 1, None, true),
+            (log(1, 9), 2, log(1, 9), false),
+            (log(2, 10), 2, log(1, 9), true),
+            (log(2, 10), 2, log(2, 12), false),
+            (log(2, 12), 2, log(2, 12), true),
+            // What it held was replaced by another leader's.
+            (log(3, 11), 3, log(2, 12), true),
+        ] {
+            let is = is_up_to_date(applied, term, began_at);
+            assert_eq!(is, want, "{applied:?} in term {term} from {began_at:?}");
+        }
     }
 }

@@ -27,7 +27,7 @@ mod tests;
 use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
 
 use control_core::command::{Batch, Outcome};
-use openraft::{Config, SnapshotPolicy};
+use openraft::{Config, LogId, SnapshotPolicy, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode};
@@ -220,6 +220,8 @@ pub(crate) struct Started {
     pub(crate) raft: Raft,
     pub(crate) id: u64,
     pub(crate) election: Election,
+    /// The end of the log.
+    pub(crate) began_at: Option<LogId<u64>>,
 }
 
 /// Starts this lead's part of the group; the smallest name forms it.
@@ -248,7 +250,9 @@ pub(crate) async fn start(
     };
     let config = config(start.timers, start.compaction)?;
     let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
-    let log = LogStore::new(disk.clone());
+    let mut log = LogStore::new(disk.clone());
+    let state = log.get_log_state().await;
+    let began_at = state.map_err(|error| failed(&error))?.last_log_id;
     let machine = Machine::load(disk, replica).map_err(|error| failed(&error))?;
     let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine)
         .await
@@ -270,7 +274,12 @@ pub(crate) async fn start(
         timers: start.timers,
         id,
     };
-    Ok(Started { raft, id, election })
+    Ok(Started {
+        raft,
+        id,
+        election,
+        began_at,
+    })
 }
 
 /// The id on disk, or on a first start the one that the list of peers gives.

@@ -74,8 +74,12 @@ impl Running {
             peers: &settings.peers,
             join: &settings.join,
         };
-        let Started { raft, id, election } =
-            raft::start(start, network.clone(), replica.clone()).await?;
+        let Started {
+            raft,
+            id,
+            election,
+            began_at,
+        } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
         let lead = Arc::new(Lead {
             name: settings.name,
@@ -94,6 +98,7 @@ impl Running {
             gives_way: AtomicBool::new(false),
             in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
+            began_at,
         });
         let tasks = TaskTracker::new();
         tasks.spawn(until(shutdown.clone(), proposing));

@@ -10,6 +10,7 @@
 
 use std::{
     collections::BTreeSet,
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -59,6 +60,25 @@ pub(crate) enum PostError {
     /// A message cannot be read.
     #[error("an answer cannot be decoded")]
     Decode(#[from] rmp_serde::decode::Error),
+}
+
+impl PostError {
+    /// Whether the message certainly had no effect: nobody took it.
+    pub(crate) fn never_arrived(&self) -> bool {
+        match self {
+            Self::Encode(_) => true,
+            Self::Unreachable { source, .. } => refused(source.as_ref()),
+            Self::Slow { .. } | Self::Refused { .. } | Self::Decode(_) => false,
+        }
+    }
+}
+
+/// Whether a connection was refused, and not broken.
+fn refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Messages to the other leads.
