@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, check, demo, ebpf, fuzz, host, vm};
+use crate::{bench, check, demo, ebpf, fuzz, host, sim, vm};
 
 /// Builds, tests, measures and shows Weft.
 #[derive(Debug, Parser)]
@@ -33,6 +33,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Measures against peers in one run.
     Bench(bench::BenchArgs),
+    /// Runs the leads in simulated worlds, each decided by a seed.
+    Sim(sim::SimArgs),
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +66,7 @@ impl Xtask {
             Command::Ebpf => ebpf::rebuild(),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Sim(args) => sim::run(&args),
         }
     }
 }

@@ -10,6 +10,7 @@ mod demo;
 mod ebpf;
 mod fuzz;
 mod host;
+mod sim;
 mod vm;
 
 use std::process::ExitCode;
