@@ -367,7 +367,7 @@ fn exchange(
 /// Lets connections give way that a layout without the queue had: else they would keep their room for a minute each,
 /// and a full table could begin none.
 fn queue(next: &Set, keys: &[carry::Key]) -> Result<(), DatapathError> {
-    if keys.is_empty() {
+    if keys.is_empty() || next.layout == PREVIOUS {
         return Ok(());
     }
     let mut ageing: Queue<MapData, carry::Key> = open_map(&next.maps.join(AGEING), AGEING)?;

@@ -10,7 +10,7 @@
 //! is established; 2 has all of TCP in `FLOWS`. So a [`Pair`] takes only some entries of its source, and an entry may
 //! go from one pair to another between two passes.
 
-use std::{collections::HashMap, mem::offset_of, path::Path};
+use std::{cmp::Reverse, collections::HashMap, mem::offset_of, path::Path};
 
 use ebpf_common::layout::{self, FLOW_FORWARD, Flow, FlowKey, PROTO_TCP};
 
@@ -116,12 +116,14 @@ impl Carrier<FLOW, FLOW_1> {
     /// From layout 2 to 1.
     fn down(from: &Path, to: &Path) -> Result<Self, DatapathError> {
         let [established, recent] = FLOWS;
+        let mut opening = Pair::open((established, from), (recent, to), |_, _| true)?;
+        opening.is_guest = true;
         Ok(Self {
             pairs: vec![
                 Pair::open((established, from), (established, to), |_, flow| {
                     is_settled(flags_of(flow))
                 })?,
-                Pair::open((established, from), (recent, to), |_, _| true)?,
+                opening,
                 Pair::open((recent, from), (recent, to), |key, _| !is_tcp(key))?,
             ],
         })
@@ -206,7 +208,7 @@ impl<const S: usize, const T: usize> Pair<S, T> {
 
     /// Looks at the entries that no pair before has met.
     fn meet(&mut self, met: &mut Met) -> Result<(), DatapathError> {
-        let others = met.len();
+        let others = met.values().filter(|to| **to == self.to.name()).count();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         self.from.each(|key, value| {
             if (self.takes)(&key, &value) && !met.contains_key(&key) {
@@ -267,7 +269,8 @@ impl<const S: usize, const T: usize> Pair<S, T> {
         Ok(())
     }
 
-    /// Takes only what leaves room to others.
+    /// Takes only what leaves room to `others` in the map, the newest first: what opens is half lost where an older
+    /// one that is over takes the place of one of its entries.
     fn leave_room(
         &self,
         others: usize,
@@ -276,15 +279,14 @@ impl<const S: usize, const T: usize> Pair<S, T> {
     ) -> Result<(), DatapathError> {
         let capacity = self.to.capacity()? as usize;
         let room = (capacity - capacity / SPARE).saturating_sub(others);
-        if keys.len() > room {
-            let lost = keys.len() - room;
-            tracing::warn!(
-                lost,
-                "there is no room for connections that open or are over"
-            );
-            keys.truncate(room);
-            values.truncate(room);
+        if keys.len() <= room {
+            return Ok(());
         }
+        let mut all: Vec<(Key, [u8; T])> = keys.drain(..).zip(values.drain(..)).collect();
+        all.sort_unstable_by_key(|(_, value)| Reverse(last_seen(value)));
+        let lost = all.len() - room;
+        tracing::info!(lost, "left the oldest connections behind that are over");
+        (*keys, *values) = all.into_iter().take(room).unzip();
         Ok(())
     }
 }
