@@ -354,10 +354,10 @@ fn exchange(
         wait_for_programs();
     }
     let count = flows.pass(Pass::Exact)?;
-    queue(next, &flows.giving_way())?;
     switch(bpffs, object)?;
     wait_for_programs();
-    if let Err(error) = flows.pass(Pass::Late) {
+    let late = flows.pass(Pass::Late);
+    if let Err(error) = late.and_then(|_| queue(next, &flows.giving_way())) {
         // There is no way back: the flows of the last milliseconds are lost.
         tracing::error!(error = chain(&error), "failed to bring the last flows over");
     }
