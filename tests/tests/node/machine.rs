@@ -30,7 +30,7 @@ use tempfile::TempDir;
 use weft_tests::{Netns, Process, binary, traffic::Server, wait_for};
 
 /// A daemon that starts loads programs; a debug build on a busy machine takes a second.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// What is refused is refused at once; a packet that is lost in silence takes longer.
 pub(crate) const AT_ONCE: Duration = Duration::from_millis(900);
 

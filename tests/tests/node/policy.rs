@@ -287,8 +287,19 @@ fn greenest_prefers_the_cleaner_node_by_its_carbon() {
     wait_for("the other node is near", SOON, || {
         (mesh.answers(Policy::Greenest, None, 10) == ["here", "there"]).then_some(())
     });
-    let shares = [("here", 0.2), ("there", 0.8)];
-    assert_shares(&mesh.client.netns, Policy::Greenest, &shares);
+    // What is measured on a machine that is busy for a while may be beyond `greenest`'s 50 ms.
+    wait_for("the cleaner node has its share", SOON, || {
+        let is_fair = |to| {
+            let shares = shares_of(&mesh.client.netns, to, CALLS);
+            shares
+                .get("here")
+                .is_some_and(|here| (here - 0.2).abs() < SLACK)
+        };
+        addresses(Policy::Greenest, None)
+            .into_iter()
+            .all(is_fair)
+            .then_some(())
+    });
 }
 
 /// Carries datagrams between the tunnels of two nodes, each `late`.
