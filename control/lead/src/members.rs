@@ -255,7 +255,7 @@ pub(crate) async fn upgrade(lead: Arc<Lead>) {
             level: agreed.min(LEVEL),
         };
         if let Err(error) = lead.answer(Ask::Propose(vec![raise])).await {
-            tracing::debug!(%error, "the level stays for now");
+            tracing::debug!(%error, "the feature level is not raised in this round");
         }
     }
 }
@@ -268,7 +268,7 @@ pub(crate) async fn steward(lead: Arc<Lead>) {
             continue;
         }
         if let Err(error) = step(&lead).await {
-            tracing::warn!(%error, "the leads stay as they are for now");
+            tracing::warn!(%error, "a change of the leads does not go on in this round");
         }
     }
 }
