@@ -159,9 +159,9 @@ fn hash_of(packet: &Packet) -> u32 {
     let tuple = Tuple {
         src: halves(client),
         dst: halves(vip),
-        ports_proto: u64::from(client_port_be) << 32
+        ports_proto: u64::from(key.proto) << 32
             | u64::from(vip_port_be) << 16
-            | u64::from(key.proto),
+            | u64::from(client_port_be),
     };
     pick::flow_hash(&tuple, 0)
 }
