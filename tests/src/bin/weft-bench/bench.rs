@@ -13,6 +13,7 @@ use crate::{
     report::{Report, load_average},
     rounds::{Rounds, Watched},
     statistics::{self, Counting, PROGRAMS},
+    steal::CpuTime,
     table, tunnel,
 };
 
@@ -75,7 +76,7 @@ impl Bench {
             "--rounds {}: an interval needs at least {FEWEST}",
             self.rounds
         );
-        let load = load_average();
+        let (load, time) = (load_average(), CpuTime::now()?);
         let measured = match self.name {
             Name::Vip => self.vip()?,
             Name::Datapath => self.datapath()?,
@@ -90,9 +91,10 @@ impl Bench {
                 Name::Table => "table",
             },
             machine: format!(
-                "{}, load average {load} before and {} after",
+                "{}, load average {load} before and {} after, {:.1} % of the time stolen by its host",
                 self.machine,
-                load_average()
+                load_average(),
+                100.0 * time.stolen_until(CpuTime::now()?)
             ),
             rounds: self.rounds,
             rows: measured.figures.rows(measured.reference),

@@ -10,6 +10,7 @@ mod mesh;
 mod report;
 mod rounds;
 mod statistics;
+mod steal;
 mod table;
 mod tunnel;
 

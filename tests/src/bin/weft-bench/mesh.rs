@@ -5,6 +5,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     net::{IpAddr, TcpListener, TcpStream},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -99,7 +100,9 @@ impl Machine {
             netns,
         };
         let socket = machine.socket();
-        wait_for("the CNI socket", PATIENCE, || socket.exists().then_some(()));
+        wait_for("the CNI socket", PATIENCE, || {
+            UnixStream::connect(&socket).ok()
+        });
         Ok(machine)
     }
 

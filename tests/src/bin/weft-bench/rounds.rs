@@ -1,5 +1,5 @@
 //! Interleaving: every case in every round, each round in another order, so that what disturbs the machine
-//! disturbs all of them alike.
+//! disturbs all of them alike. What is compared is measured again where the hypervisor stole its time.
 
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use crate::{
     figures::{Figures, Series},
     load::{Family, Metric},
     statistics::Program,
+    steal::Repeats,
 };
 
 /// How often and how long.
@@ -28,6 +29,11 @@ pub(crate) struct Watched<'a> {
 }
 
 impl Rounds {
+    /// As many measurements again as there are.
+    fn repeats(self, metrics: &[Metric]) -> Repeats {
+        Repeats(self.count * pairs(metrics).count() as u32)
+    }
+
     fn each(self, mut round: impl FnMut(usize) -> Result<()>) -> Result<()> {
         for number in 0..self.count as usize {
             round(number)?;
@@ -43,17 +49,22 @@ impl Rounds {
         metrics: &[Metric],
         figures: &mut Figures,
     ) -> Result<()> {
+        let mut repeats = self.repeats(metrics);
         self.each(|round| {
             for (metric, family) in pairs(metrics) {
-                for turn in 0..cases.len() {
-                    let case = &cases[(round + turn) % cases.len()];
-                    let Some(value) = case.measure(metric, family, self.time)? else {
-                        continue;
-                    };
+                let values = repeats.undisturbed(|| {
+                    let turn = |turn| &cases[(round + turn) % cases.len()];
+                    (0..cases.len())
+                        .map(turn)
+                        .map(|case| Ok((case.name, case.measure(metric, family, self.time)?)))
+                        .collect::<Result<Vec<_>>>()
+                })?;
+                for (case, value) in values {
+                    let Some(value) = value else { continue };
                     let series = Series {
                         metric: metric.name(),
                         family,
-                        case: case.name,
+                        case,
                     };
                     figures.push(series, metric.unit(), value);
                 }
@@ -69,14 +80,17 @@ impl Rounds {
         metrics: &[Metric],
         figures: &mut Figures,
     ) -> Result<()> {
+        let mut repeats = self.repeats(metrics);
         self.each(|round| {
             for (metric, family) in pairs(metrics) {
                 for turn in 0..watched.len() {
                     let Watched { case, programs } = &watched[(round + turn) % watched.len()];
                     let runs = || programs.iter().map(|(_, program)| program.runs());
-                    let before = runs().collect::<Result<Vec<_>>>()?;
-                    case.measure(metric, family, self.time)?;
-                    let after = runs().collect::<Result<Vec<_>>>()?;
+                    let (before, after) = repeats.undisturbed(|| {
+                        let before = runs().collect::<Result<Vec<_>>>()?;
+                        case.measure(metric, family, self.time)?;
+                        Ok((before, runs().collect::<Result<Vec<_>>>()?))
+                    })?;
                     for ((name, _), (before, after)) in
                         programs.iter().zip(before.into_iter().zip(after))
                     {
