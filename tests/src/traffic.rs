@@ -7,7 +7,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
@@ -77,6 +77,22 @@ pub fn call_from(
     let mut stream = connection_from(netns, from, to)?;
     let who = greeting(&mut stream)?;
     Ok((stream, who))
+}
+
+/// Listens at a port of `netns`, over both families. Nobody waits longer for a call than a call may take: where the
+/// caller has failed, a test that joins its server ends, too.
+///
+/// # Errors
+/// When the port is taken.
+pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
+    let listener = netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)))?;
+    // It bounds accept, too (socket(7), SO_RCVTIMEO).
+    setsockopt(
+        &listener,
+        ReceiveTimeout,
+        &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
+    )?;
+    Ok(listener)
 }
 
 /// A connection of which nothing was read.

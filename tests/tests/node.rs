@@ -229,9 +229,7 @@ fn a_pod_that_vanished_is_forgotten_and_a_release_that_waited_is_carried_out() {
 fn what_cannot_be_is_refused_by_name() {
     let mut node = Node::prepare("bad", &[]);
     node.run();
-    wait_for("the door is open", SOON, || {
-        node.path("cni.sock").exists().then_some(())
-    });
+    node.wait_open();
     let refused = node.refusal(&Request::Status);
     assert_eq!(refused.code, 50);
     assert!(refused.message.contains("n1 has no number"), "{refused}");

@@ -4,7 +4,7 @@ use std::{
     io::{self, Write},
     net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -31,7 +31,8 @@ pub struct Server {
     connections: Connections,
 }
 
-type Connections = Arc<Mutex<Vec<TcpStream>>>;
+/// Weak, so that a connection that has ended holds no descriptor until the server ends.
+type Connections = Arc<Mutex<Vec<Weak<TcpStream>>>>;
 
 impl Server {
     /// Serves as `name` at these TCP and UDP ports of `netns`, over both families.
@@ -86,6 +87,7 @@ impl Drop for Server {
             .lock()
             .into_iter()
             .flat_map(|mut all| std::mem::take(&mut *all))
+            .filter_map(|stream| stream.upgrade())
         {
             // It may have ended by itself.
             let _ = stream.shutdown(Shutdown::Both);
@@ -95,25 +97,24 @@ impl Drop for Server {
 
 fn accept(listener: &TcpListener, greeting: &str, stop: &AtomicBool, connections: &Connections) {
     while !stop.load(Ordering::Relaxed) {
-        let Ok((mut stream, _)) = listener.accept() else {
+        let Ok((stream, _)) = listener.accept() else {
             continue;
         };
-        let Ok(mut reader) = stream.try_clone() else {
-            continue;
-        };
-        if let (Ok(handle), Ok(mut all)) = (stream.try_clone(), connections.lock()) {
-            all.push(handle);
+        let stream = Arc::new(stream);
+        if let Ok(mut all) = connections.lock() {
+            all.push(Arc::downgrade(&stream));
         }
         let greeting = greeting.to_owned();
         thread::spawn(move || {
+            let mut end = &*stream;
             // The listener's bound is inherited, but a connection may rest.
-            let _ = stream.set_read_timeout(None);
-            let _ = stream.set_nodelay(true);
-            let echoed = stream
+            let _ = end.set_read_timeout(None);
+            let _ = end.set_nodelay(true);
+            let echoed = end
                 .write_all(greeting.as_bytes())
-                .and_then(|()| io::copy(&mut reader, &mut stream));
+                .and_then(|()| io::copy(&mut &*stream, &mut end));
             if echoed.is_ok() {
-                let _ = stream.shutdown(Shutdown::Both);
+                let _ = end.shutdown(Shutdown::Both);
             }
         });
     }

@@ -12,7 +12,7 @@ use weft_tests::{
         Clusters, Mesh, Options, Pod,
         service::{TARGET_HTTP, balanced, service},
     },
-    traffic::{HTTP, call, datagram, echo, ping},
+    traffic::{HTTP, call, datagram, echo, listen, ping},
 };
 
 #[test]
@@ -63,9 +63,7 @@ fn a_call_passes_through_a_chain_of_vips_over_both_nodes() {
     ]);
     mesh.wait_connected();
     for (to, next) in balanced(5).into_iter().zip(balanced(6)) {
-        let listener = second
-            .netns
-            .run(|| TcpListener::bind(("::", TARGET_HTTP)).unwrap());
+        let listener = listen(&second.netns, TARGET_HTTP).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| forward(&second, &listener, next));
             let (mut stream, who) = call(&first.netns, to).unwrap();

@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     thread,
     time::{Duration, Instant},
 };
@@ -24,7 +24,7 @@ use weft_tests::{
     },
     traffic::{
         DNS, HTTP, call, call_from, connection_from, datagram, datagram_over, datagram_socket,
-        echo, ping,
+        echo, listen, ping,
     },
     wait_for,
 };
@@ -249,10 +249,7 @@ fn a_port_in_time_wait_at_the_backend_is_used_again_at_once() {
     stage
         .mesh
         .follow(&[service(5, vec![stage.near.backend(0, Ready)])]);
-    let listener = stage
-        .near
-        .netns
-        .run(|| TcpListener::bind(("::", TARGET_HTTP)).unwrap());
+    let listener = listen(&stage.near.netns, TARGET_HTTP).unwrap();
     const ROUNDS: usize = 20;
     thread::scope(|scope| {
         scope.spawn(|| {

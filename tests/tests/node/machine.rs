@@ -328,6 +328,13 @@ impl Node {
         });
     }
 
+    /// Waits until somebody answers at the socket, whatever the answer.
+    pub(crate) fn wait_open(&self) {
+        wait_for("the door is open", SOON, || {
+            self.try_ask(&Request::Status).ok()
+        });
+    }
+
     pub(crate) fn ask(&self, request: &Request) -> Reply {
         self.try_ask(request)
             .unwrap_or_else(|error| panic!("{error}\n{}", self.log()))

@@ -86,9 +86,7 @@ impl Lab {
             let sight = format!(r#"{{"rtt_us":{{{rtt_us}}},"unreachable":[]}}"#);
             std::fs::write(node.path("state").join("sight.json"), sight).unwrap();
         });
-        wait_for("the door is open", SOON, || {
-            followed.node.path("cni.sock").exists().then_some(())
-        });
+        followed.node.wait_open();
         let mut followed = followed;
         followed.apply(table_of(1, Vec::new()));
         let client = followed.node.attach("client");

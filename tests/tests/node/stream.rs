@@ -15,7 +15,6 @@ use tokio::{
 use weft_tests::{
     Netns,
     traffic::{call, echo},
-    wait_for,
 };
 
 use super::{
@@ -115,9 +114,7 @@ fn a_node_says_who_it_is_what_it_holds_and_what_it_measured() {
     assert_eq!((hello.node.as_str(), hello.applied), ("n1", None));
     assert_eq!(hello.public_key.len(), 44, "{}", hello.public_key);
     assert_ne!(hello.tunnel_port, 0);
-    wait_for("the door is open", SOON, || {
-        lab.node.path("cni.sock").exists().then_some(())
-    });
+    lab.node.wait_open();
     let refused = lab.node.refusal(&Request::Status);
     assert_eq!(refused.code, 50);
     assert!(
