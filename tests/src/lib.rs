@@ -12,6 +12,7 @@ pub mod mesh;
 pub mod netns;
 pub mod program;
 pub mod raw;
+pub mod steal;
 pub mod topology;
 pub mod traffic;
 pub mod wait;

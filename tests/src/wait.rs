@@ -5,8 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::steal::CpuTime;
+
 /// How long the condition rests between two looks.
 const REST: Duration = Duration::from_millis(5);
+
+/// However much was stolen, one waits at most this many times as long.
+const PATIENCE: f64 = 5.0;
 
 /// How many times slower than ours the machine is that the tests run on: `WEFT_TEST_SLOWNESS`, for emulated ones.
 fn slowness() -> u32 {
@@ -23,18 +28,34 @@ pub fn slowed(within: Duration) -> Duration {
 /// Asks `condition` until it gives a value, and returns that value.
 ///
 /// # Panics
-/// When `within` has passed, on a slow machine so many times that; the message names `what` was waited for.
+/// When the machine has had `within`, on a slow machine so many times that: time that its host gave to others does
+/// not count. The message names `what` was waited for.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), CpuTime::now());
     let within = slowed(within);
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(start.elapsed() < within, "{what}: not within {within:?}");
+        let passed = start.elapsed();
+        if passed >= within {
+            let stolen = match (&before, CpuTime::now()) {
+                (Ok(before), Ok(now)) => before.stolen_until(now),
+                _ => 0.0,
+            };
+            assert!(
+                had(passed, stolen) < within,
+                "{what}: not within {within:?} ({passed:?}, of which {stolen:.2} was stolen)"
+            );
+        }
         thread::sleep(REST);
     }
+}
+
+/// The part of a time that the machine had, where a share of it was stolen.
+fn had(passed: Duration, stolen: f64) -> Duration {
+    passed.mul_f64((1.0 - stolen).max(1.0 / PATIENCE))
 }
 
 #[cfg(test)]
@@ -49,6 +70,14 @@ mod tests {
             (looks == 3).then_some(looks)
         });
         assert_eq!(value, 3);
+    }
+
+    #[test]
+    fn stolen_time_is_waited_for_again_but_not_for_ever() {
+        let second = Duration::from_secs(1);
+        assert_eq!(had(second, 0.0), second);
+        assert_eq!(had(second, 0.5), second / 2);
+        assert_eq!(had(second, 1.0), second / 5);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
+use weft_tests::steal::CpuTime;
 
 use crate::{
     case::{self, Case},
@@ -13,7 +14,6 @@ use crate::{
     report::{Report, load_average},
     rounds::{Rounds, Watched},
     statistics::{self, Counting, PROGRAMS},
-    steal::CpuTime,
     table, tunnel,
 };
 

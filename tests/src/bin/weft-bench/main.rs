@@ -10,7 +10,6 @@ mod mesh;
 mod report;
 mod rounds;
 mod statistics;
-mod steal;
 mod table;
 mod tunnel;
 

@@ -3,14 +3,14 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use weft_tests::steal::CpuTime;
 
 use crate::{
     case::Case,
     figures::{Figures, Series},
     load::{Family, Metric},
     statistics::Program,
-    steal::Repeats,
 };
 
 /// How often and how long.
@@ -115,4 +115,49 @@ fn pairs(metrics: &[Metric]) -> impl Iterator<Item = (Metric, Family)> {
     metrics
         .iter()
         .flat_map(|metric| Family::ALL.map(|family| (*metric, family)))
+}
+
+fn cpu_time() -> Result<CpuTime> {
+    CpuTime::now().context("failed to read the time that was stolen")
+}
+
+/// Above this share of the CPU time, a comparison says more of the neighbours than of what it compares.
+const MUCH: f64 = 0.03;
+
+/// How often something may be measured again because time was stolen.
+#[derive(Debug)]
+struct Repeats(u32);
+
+impl Repeats {
+    /// Measures, and again while too much time was stolen and repeats are left. Whether a result counts does not
+    /// depend on what it is.
+    fn undisturbed<T>(&mut self, mut measure: impl FnMut() -> Result<T>) -> Result<T> {
+        loop {
+            let before = cpu_time()?;
+            let measured = measure()?;
+            let stolen = before.stolen_until(cpu_time()?);
+            if stolen <= MUCH || self.0 == 0 {
+                return Ok(measured);
+            }
+            self.0 -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_repeats_left_what_was_measured_counts() {
+        let mut times = 0;
+        let mut repeats = Repeats(0);
+        repeats
+            .undisturbed(|| {
+                times += 1;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(times, 1);
+    }
 }
