@@ -4,6 +4,7 @@
 //! a step says what it claims, and the demo succeeds only if every claim held.
 
 mod daemon_killed;
+mod interrupt;
 mod leader_lost;
 mod leads_stopped;
 mod leftovers;
@@ -26,7 +27,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use self::{leftovers::Machine, load::Load, mesh::Mesh, report::Report};
+use self::{interrupt::Interrupt, leftovers::Machine, load::Load, mesh::Mesh, report::Report};
 use crate::{build, host};
 
 /// How the demo is shown.
@@ -55,7 +56,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     };
     let report = Report::new(args.json);
     let before = Machine::look();
+    let interrupt = Interrupt::heard(binaries.join("weft"))?;
     let mesh = Mesh::up(&binaries, args.keep).context("the lab did not come up")?;
+    if !args.keep {
+        interrupt.takes_down(mesh.id());
+    }
     report.say(&format!(
         "lab {} is up: three clusters, six nodes, three leads",
         mesh.id()
