@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use weft_tests::steal::CpuTime;
 
 use crate::{
+    awake::Awake,
     case::{self, Case},
     figures::{Figures, Series},
     gate::{self, Gate},
@@ -77,6 +78,7 @@ impl Bench {
             self.rounds
         );
         let (load, time) = (load_average(), CpuTime::now()?);
+        let _awake = Awake::keep()?;
         let measured = match self.name {
             Name::Vip => self.vip()?,
             Name::Datapath => self.datapath()?,
@@ -91,9 +93,8 @@ impl Bench {
                 Name::Table => "table",
             },
             machine: format!(
-                "{}, load average {load} before and {} after, {:.1} % of the time stolen by its host",
+                "{}, load average {load} before, {:.1} % of the time stolen by its host",
                 self.machine,
-                load_average(),
                 100.0 * time.stolen_until(CpuTime::now()?)
             ),
             rounds: self.rounds,

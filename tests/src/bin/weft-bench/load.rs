@@ -21,7 +21,7 @@ mod tcp;
 mod udp;
 
 /// The CPUs of the client and of the server.
-const CPUS: [usize; 2] = [0, 1];
+pub(crate) const CPUS: [usize; 2] = [0, 1];
 /// How long a single read or connect may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 

@@ -1,6 +1,7 @@
 //! `weft-bench`: measures Weft's data path beside its peers in one run; started by `cargo xtask bench`.
 #![forbid(unsafe_code)]
 
+mod awake;
 mod bench;
 mod case;
 mod figures;
