@@ -114,7 +114,9 @@ pub fn connection_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::R
         &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
     )?;
     bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
-    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let to = SockaddrStorage::from(to);
+    // Called again, it waits for the connection that it has begun.
+    uninterrupted(|| Ok(connect(socket.as_raw_fd(), &to)?))?;
     Ok(socket.into())
 }
 
@@ -191,12 +193,12 @@ pub fn datagram_over(socket: &UdpSocket, to: SocketAddr) -> io::Result<String> {
     Ok(name_in(who))
 }
 
-/// Waits again where a signal ended the wait: the kernel restarts no receive that has a time limit (signal(7)).
-fn uninterrupted<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+/// Waits again where a signal ended the wait: the kernel restarts nothing that has a time limit (signal(7)).
+fn uninterrupted<T>(mut wait: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
-        match receive() {
+        match wait() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            received => return received,
+            ended => return ended,
         }
     }
 }
