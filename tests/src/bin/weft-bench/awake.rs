@@ -9,6 +9,11 @@ use weft_tests::Process;
 
 use crate::load::CPUS;
 
+/// The kernel shares time between sessions first, where it groups them (sched(7), autogroup): as the lowest session,
+/// or it would take its half.
+const LOOP: &str =
+    "[ ! -e /proc/self/autogroup ] || echo 19 > /proc/self/autogroup; while :; do :; done";
+
 /// The loops; they end with this, and with this process however it ends.
 #[derive(Debug)]
 pub(crate) struct Awake {
@@ -19,15 +24,15 @@ impl Awake {
     /// Keeps the CPUs of the loads awake.
     pub(crate) fn keep() -> Result<Self> {
         let loops = CPUS.map(|cpu| {
-            Command::new("setpriv")
-                .args(["--pdeathsig", "KILL", "chrt", "--idle", "0"])
+            Command::new("setsid")
+                .args(["setpriv", "--pdeathsig", "KILL", "chrt", "--idle", "0"])
                 .args(["taskset", "--cpu-list", &cpu.to_string()])
-                .args(["sh", "-c", "while :; do :; done"])
+                .args(["sh", "-c", LOOP])
                 .stdin(Stdio::null())
                 .spawn()
                 .map(Process)
                 .context(
-                    "failed to start setpriv (package util-linux) with a loop of the idle class",
+                    "failed to start setsid (package util-linux) with a loop of the idle class",
                 )
         });
         Ok(Self {
