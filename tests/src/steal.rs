@@ -36,12 +36,13 @@ impl CpuTime {
         })
     }
 
-    /// The share, 0 to 1, that was stolen from `self` to `later`.
+    /// The share, 0 to 1, that was stolen from `self` to `later`. Numbers of /proc/stat may fall (proc_stat(5), of
+    /// `iowait`): then nothing was.
     #[must_use]
     pub fn stolen_until(self, later: Self) -> f64 {
-        match later.all - self.all {
+        match later.all.saturating_sub(self.all) {
             0 => 0.0,
-            all => (later.stolen - self.stolen) as f64 / all as f64,
+            all => (later.stolen.saturating_sub(self.stolen) as f64 / all as f64).min(1.0),
         }
     }
 }
@@ -57,6 +58,7 @@ mod tests {
             [(100, 0), (190, 10)].map(|(user, steal)| CpuTime::parse(&text(user, steal)).unwrap());
         assert!((before.stolen_until(after) - 0.1).abs() < 1e-9);
         assert_eq!(before.stolen_until(before), 0.0);
+        assert_eq!(after.stolen_until(before), 0.0);
         assert!(CpuTime::parse("cpu 1 2 3\n").is_none());
     }
 }
