@@ -319,18 +319,23 @@ fn bulk_traffic_passes_whole_and_the_process_stays_small() {
         println!("{from}: {rate:.2} Gbit/s one way, {bytes} bytes and their checksum arrived");
     }
     for machine in [&a, &b] {
-        let resident = resident_kib(machine.pid());
-        println!("tunnel process: {resident} KiB resident");
-        assert!(resident <= 30 * 1024, "{resident} KiB resident");
+        let own = own_kib(machine.pid());
+        println!("tunnel process: {own} KiB of its own");
+        assert!(own <= 16 * 1024, "{own} KiB of its own");
     }
 }
 
-fn resident_kib(pid: i32) -> u64 {
+/// What the process allocated (`RssAnon` and `RssShmem` of proc_pid_status(5)). The pages of the executable are left out: those
+/// of a debug build are three times the rest and differ from machine to machine; the demo checks the whole of a release build.
+fn own_kib(pid: i32) -> u64 {
     let status =
         fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    ["RssAnon:", "RssShmem:"]
+        .iter()
+        .map(|name| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            let kib = line.split_whitespace().nth(1).unwrap();
+            kib.parse::<u64>().unwrap()
+        })
+        .sum()
 }
