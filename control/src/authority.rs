@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
-use netmanager_api::identity::Role;
+use netmanager_api::identity::{Access, Role};
 use weft_lead::authority::{self, DEFAULT_PREFIX4, Wish};
 
 /// Makes a mesh.
@@ -72,6 +72,9 @@ pub(crate) struct Cert {
     /// The cluster of a node.
     #[arg(long, value_name = "CLUSTER", required_if_eq("role", "node"))]
     cluster: Option<String>,
+    /// What a user may do: viewer, deployer/NAMESPACE[/NAMESPACE...] or admin.
+    #[arg(long, value_name = "ACCESS", default_value_t = Access::Admin)]
+    access: Access,
     /// Where tls.crt, tls.key and ca.crt go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -82,7 +85,10 @@ impl Cert {
         let name = self.name;
         let role = match self.role {
             RoleKind::Lead => Role::Lead { name },
-            RoleKind::User => Role::User { name },
+            RoleKind::User => Role::User {
+                name,
+                access: self.access,
+            },
             RoleKind::Agent => Role::Agent {
                 cluster: self.cluster.unwrap_or(name),
             },

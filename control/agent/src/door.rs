@@ -1,7 +1,7 @@
 //! The node door: where the NetManagers of this cluster knock.
 //!
-//! Mutual TLS; only a node of this cluster gets in, by the name in its certificate, and only if it is configured.
-//! A newer stream of a node takes the place of an older one.
+//! Mutual TLS; only a node of this cluster gets in, by the name in its certificate, and only if it is configured; its
+//! connection ends with its certificate. A newer stream of a node takes the place of an older one.
 
 use std::{
     collections::BTreeSet,
@@ -18,7 +18,7 @@ use std::{
 use futures::{Stream, StreamExt};
 use netmanager_api::{
     conditions::Conditions,
-    identity::{Identity, Role},
+    identity::{Guarded, Identity, RevokedList, Role, Shown},
     stream::{
         FromNode, Hello, ToNode,
         node_door_server::{NodeDoor, NodeDoorServer},
@@ -59,17 +59,25 @@ pub struct Door {
     pub nodes: BTreeSet<String>,
     /// Where what is heard goes.
     pub events: mpsc::Sender<Event>,
+    /// The certificates that count no more.
+    pub revoked: RevokedList,
     streams: AtomicU64,
 }
 
 impl Door {
     /// A door of the agent `identity` for its `nodes`.
     #[must_use]
-    pub fn new(identity: Identity, nodes: BTreeSet<String>, events: mpsc::Sender<Event>) -> Self {
+    pub fn new(
+        identity: Identity,
+        nodes: BTreeSet<String>,
+        events: mpsc::Sender<Event>,
+        revoked: RevokedList,
+    ) -> Self {
         Self {
             identity,
             nodes,
             events,
+            revoked,
             streams: AtomicU64::new(0),
         }
     }
@@ -85,7 +93,8 @@ impl Door {
         shutdown: CancellationToken,
     ) -> Result<(), tonic::transport::Error> {
         let (sender, receiver) = mpsc::channel(8);
-        let accepting = accept(listener, TlsAcceptor::from(tls), sender);
+        let revoked = self.revoked.clone();
+        let accepting = accept(listener, TlsAcceptor::from(tls), revoked, sender);
         let serving = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -101,10 +110,8 @@ impl Door {
 
     /// The name of the node behind a request, if it may come in.
     fn admit(&self, caller: Option<&Caller>) -> Result<String, Status> {
-        let identity = match caller {
-            Some(Caller(Ok(identity))) => identity,
-            Some(Caller(Err(error))) => return Err(Status::unauthenticated(error.as_ref())),
-            None => return Err(Status::unauthenticated("the caller showed no certificate")),
+        let Some(Caller(identity)) = caller else {
+            return Err(Status::unauthenticated("the caller showed no certificate"));
         };
         let own = match &self.identity.role {
             Role::Agent { cluster } => cluster,
@@ -146,7 +153,10 @@ impl NodeDoor for Door {
             );
         })?;
         let mut messages = request.into_inner();
-        let hello = first_word(&node, &mut messages).await?;
+        let hello = first_word(&node, &mut messages).await;
+        let hello = hello.inspect_err(|status| {
+            tracing::warn!(node, reason = status.message(), "refused a node's hello");
+        })?;
         let stream = self.streams.fetch_add(1, Ordering::Relaxed) + 1;
         let (tables, table) = watch::channel(None);
         let (conditions, condition) = watch::channel(Conditions::default());
@@ -227,6 +237,7 @@ async fn listen(
 async fn accept(
     listener: TcpListener,
     tls: TlsAcceptor,
+    revoked: RevokedList,
     sender: mpsc::Sender<io::Result<Connection>>,
 ) -> std::convert::Infallible {
     let slots = Arc::new(Semaphore::new(HANDSHAKES));
@@ -240,7 +251,7 @@ async fn accept(
                 continue;
             }
         };
-        let (tls, sender) = (tls.clone(), sender.clone());
+        let (tls, revoked, sender) = (tls.clone(), revoked.clone(), sender.clone());
         tokio::spawn(async move {
             let _slot = slot;
             let handshake = async {
@@ -248,48 +259,39 @@ async fn accept(
                 tls.accept(tcp).await
             };
             match timeout(HANDSHAKE, handshake).await {
-                Ok(Ok(stream)) => {
-                    let _ = sender.send(Ok(Connection::new(stream))).await;
-                }
-                Ok(Err(error)) => tracing::warn!(%peer, %error, "a TLS handshake failed"),
-                Err(_) => tracing::warn!(%peer, "a TLS handshake took too long"),
+                Ok(Ok(stream)) => match shown(&stream) {
+                    Some(shown) => {
+                        let stream = Guarded::new(stream, Arc::new(shown), revoked);
+                        let _ = sender.send(Ok(Connection(stream))).await;
+                    }
+                    None => tracing::warn!(%peer, "refused: no certificate with one identity"),
+                },
+                Ok(Err(error)) => tracing::warn!(%peer, %error, "refused at the TLS handshake"),
+                Err(_) => tracing::warn!(%peer, "refused: the TLS handshake took too long"),
             }
         });
     }
 }
 
+fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
+    let (_, session) = stream.get_ref();
+    let certificate = session.peer_certificates()?.first()?;
+    Shown::of_certificate(certificate).ok()
+}
+
 /// Who is at the other end of a connection, by its certificate.
 #[derive(Clone, Debug)]
-struct Caller(Result<Identity, Arc<str>>);
+struct Caller(Identity);
 
 /// A TLS connection that knows who is at its other end.
 #[derive(Debug)]
-struct Connection {
-    stream: TlsStream<TcpStream>,
-    caller: Caller,
-}
-
-impl Connection {
-    fn new(stream: TlsStream<TcpStream>) -> Self {
-        let certificates = stream.get_ref().1.peer_certificates();
-        let identity = match certificates.and_then(<[_]>::first) {
-            Some(certificate) => {
-                Identity::of_certificate(certificate).map_err(|error| error.to_string().into())
-            }
-            None => Err("the caller showed no certificate".into()),
-        };
-        Self {
-            stream,
-            caller: Caller(identity),
-        }
-    }
-}
+struct Connection(Guarded<TlsStream<TcpStream>>);
 
 impl Connected for Connection {
     type ConnectInfo = Caller;
 
     fn connect_info(&self) -> Caller {
-        self.caller.clone()
+        Caller(self.0.shown().identity.clone())
     }
 }
 
@@ -299,7 +301,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        Pin::new(&mut self.0).poll_read(cx, buffer)
     }
 }
 
@@ -309,14 +311,14 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        Pin::new(&mut self.0).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        Pin::new(&mut self.0).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }

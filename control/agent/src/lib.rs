@@ -124,7 +124,9 @@ impl<D: Driver> Agent<D> {
         let (event, events) = mpsc::channel(EVENTS);
         let (outbox, outgoing) = watch::channel(Outbox::default());
         let (conditions, telling) = watch::channel(Conditions::default());
-        let door = Door::new(identity, capacity.keys().cloned().collect(), event.clone());
+        let revoked = self.credentials.revoked();
+        let nodes = capacity.keys().cloned().collect();
+        let door = Door::new(identity, nodes, event.clone(), revoked);
         let leads = LeadClient {
             leads: self.leads,
             tls: client,

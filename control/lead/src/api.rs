@@ -12,8 +12,10 @@ use axum::{
         DefaultBodyLimit, Path, Query, State,
         rejection::{JsonRejection, QueryRejection},
     },
+    handler::Handler,
     http::{Method, Uri},
-    routing::{delete, get, post},
+    middleware::from_fn,
+    routing::{MethodFilter, on},
 };
 use control_api::http::{
     Application, AppliedApplication, ApplyQuery, ApplyResponse, ApplyResult, Binding, Changed,
@@ -31,6 +33,7 @@ use control_core::{
 use utoipa::OpenApi;
 
 use crate::{
+    door::caller::{Asking, Route, guard},
     lead::Lead,
     once::{Key, Request},
     problem::Refusal,
@@ -46,34 +49,98 @@ type Answer<T> = Result<Json<T>, Refusal>;
 type Shared = State<Arc<Lead>>;
 type Read = Result<Query<ReadQuery>, QueryRejection>;
 
-/// Every route of the API.
-pub(crate) fn routes(lead: Arc<Lead>) -> Router {
-    Router::new()
-        .route("/v1/applications", get(applications).post(apply))
-        .route("/v1/applications/{namespace}/{name}", delete(remove))
-        .route("/v1/services", get(services))
-        .route("/v1/bindings", get(bindings))
-        .route("/v1/clusters", get(clusters))
-        .route("/v1/nodes", get(nodes))
-        .route("/v1/migrations", get(migrations).post(migrate))
-        .route(
-            "/v1/explain/{namespace}/{application}/{service}",
-            get(explain),
-        )
-        .route("/v1/status", get(status))
-        .route("/v1/leads", get(leads::list).post(leads::add))
-        .route("/v1/leads/drain", post(leads::drain_any))
-        .route("/v1/leads/{name}", delete(leads::remove))
-        .route("/v1/leads/{name}/drain", post(leads::drain))
-        .route("/v1/backup", get(backup::backup))
-        .route(
+/// Every route of the API, each behind [`guard`]; who may ask for it stands in `door/roles.rs`.
+struct Routes {
+    router: Router<Arc<Lead>>,
+    listed: Vec<(String, &'static str)>,
+}
+
+impl Routes {
+    fn on<H, T>(mut self, method: &Method, path: &'static str, handler: H) -> Self
+    where
+        H: Handler<T, Arc<Lead>>,
+        T: 'static,
+    {
+        let filter = MethodFilter::try_from(method.clone()).expect("a method that axum knows");
+        let route = Route {
+            method: method.clone(),
+            path,
+        };
+        let handled = on(filter, handler)
+            .route_layer(from_fn(guard))
+            .route_layer(axum::Extension(route));
+        self.listed.push((method.to_string(), path));
+        self.router = self.router.route(path, handled);
+        self
+    }
+
+    fn get<H, T>(self, path: &'static str, handler: H) -> Self
+    where
+        H: Handler<T, Arc<Lead>>,
+        T: 'static,
+    {
+        self.on(&Method::GET, path, handler)
+    }
+
+    fn post<H, T>(self, path: &'static str, handler: H) -> Self
+    where
+        H: Handler<T, Arc<Lead>>,
+        T: 'static,
+    {
+        self.on(&Method::POST, path, handler)
+    }
+
+    fn delete<H, T>(self, path: &'static str, handler: H) -> Self
+    where
+        H: Handler<T, Arc<Lead>>,
+        T: 'static,
+    {
+        self.on(&Method::DELETE, path, handler)
+    }
+}
+
+fn all() -> Routes {
+    let none = Routes {
+        router: Router::new(),
+        listed: Vec::new(),
+    };
+    none.get("/v1/applications", applications)
+        .post("/v1/applications", apply)
+        .delete("/v1/applications/{namespace}/{name}", remove)
+        .get("/v1/services", services)
+        .get("/v1/bindings", bindings)
+        .get("/v1/clusters", clusters)
+        .get("/v1/nodes", nodes)
+        .get("/v1/migrations", migrations)
+        .post("/v1/migrations", migrate)
+        .get("/v1/explain/{namespace}/{application}/{service}", explain)
+        .get("/v1/status", status)
+        .get("/v1/leads", leads::list)
+        .post("/v1/leads", leads::add)
+        .post("/v1/leads/drain", leads::drain_any)
+        .delete("/v1/leads/{name}", leads::remove)
+        .post("/v1/leads/{name}/drain", leads::drain)
+        .get("/v1/backup", backup::backup)
+        .post(
             "/v1/restore",
-            post(backup::restore).layer(DefaultBodyLimit::max(BACKUP)),
+            backup::restore.layer(DefaultBodyLimit::max(BACKUP)),
         )
-        .route("/openapi.json", get(document))
+        .get("/openapi.json", document)
+}
+
+/// Every route of the API; a request carries its [`Caller`](crate::door::caller::Caller).
+pub(crate) fn routes(lead: Arc<Lead>) -> Router {
+    all()
+        .router
         .method_not_allowed_fallback(no_method)
         .fallback(no_path)
         .with_state(lead)
+}
+
+/// Every method and path that is answered.
+#[cfg(test)]
+pub(crate) fn listed() -> Vec<(String, &'static str)> {
+    all().listed
 }
 
 /// The API's own description.
@@ -260,12 +327,16 @@ async fn explain(
         (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn apply(
     State(lead): Shared,
+    asking: Asking,
     key: Key,
     query: Result<Query<ApplyQuery>, QueryRejection>,
     body: String,
 ) -> Answer<ApplyResponse> {
     let Query(query) = query.map_err(|error| bad_query(&error))?;
     let goals = goal::parse(&body)?;
+    for goal in &goals {
+        asking.within(goal.name.namespace.as_str())?;
+    }
     let request = key.request(&lead, body.as_bytes());
     lead.catch_up().await?;
     if let Some(outcomes) = request.recall(&lead, goals.len())? {
@@ -388,6 +459,7 @@ async fn remove(
         (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
 async fn migrate(
     State(lead): Shared,
+    asking: Asking,
     key: Key,
     wish: Result<Json<MigrationRequest>, JsonRejection>,
 ) -> Answer<Changed> {
@@ -396,6 +468,7 @@ async fn migrate(
         .slot
         .parse()
         .map_err(|error| Refusal::name("slot", &wish.slot, &error))?;
+    asking.within(slot.service.namespace.as_str())?;
     let to: Name = wish
         .to
         .parse()
@@ -435,5 +508,14 @@ mod tests {
     #[test]
     fn the_description_is_the_golden_one() {
         insta::assert_json_snapshot!(Description::openapi());
+    }
+
+    #[test]
+    fn the_description_names_every_route() {
+        let described = serde_json::to_value(Description::openapi()).unwrap();
+        for (method, path) in listed() {
+            let at = &described["paths"][path][method.to_lowercase()];
+            assert!(at.is_object() || path == "/openapi.json", "{method} {path}");
+        }
     }
 }

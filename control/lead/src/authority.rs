@@ -16,7 +16,7 @@ use std::{
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use netmanager_api::identity::{Identity, Role, SERVER_NAME, is_label};
+use netmanager_api::identity::{BACKDATED, Identity, Role, SERVER_NAME, is_label};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -28,8 +28,6 @@ use time::{Duration, OffsetDateTime};
 const CA_DAYS: i64 = 3650;
 /// How long a certificate lasts.
 const LEAF_DAYS: i64 = 365;
-/// Certificates begin a little in the past, because clocks differ.
-const SKEW: Duration = Duration::minutes(5);
 /// The IPv4 space of a mesh unless its operator says otherwise.
 pub const DEFAULT_PREFIX4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 16, 0, 0), 12);
 
@@ -215,7 +213,10 @@ fn random_prefix6() -> Result<Ipv6Net, AuthorityError> {
 }
 
 /// Random bytes of the operating system's.
-pub(crate) fn random<const N: usize>() -> Result<[u8; N], AuthorityError> {
+///
+/// # Errors
+/// When it gives none.
+pub fn random<const N: usize>() -> Result<[u8; N], AuthorityError> {
     let mut bytes = [0; N];
     rustls::crypto::ring::default_provider()
         .secure_random
@@ -258,7 +259,7 @@ fn check_prefix4(prefix: Ipv4Net) -> Result<(), AuthorityError> {
 
 fn check_role(role: &Role) -> Result<(), AuthorityError> {
     match role {
-        Role::Lead { name } | Role::User { name } => check_label("name", name),
+        Role::Lead { name } | Role::User { name, .. } => check_label("name", name),
         Role::Agent { cluster } => check_label("cluster", cluster),
         Role::Node { cluster, node } => {
             check_label("cluster", cluster).and_then(|()| check_label("name", node))
@@ -311,7 +312,7 @@ fn named(common_name: &str) -> DistinguishedName {
 
 fn valid_for(params: &mut CertificateParams, days: i64) {
     let now = OffsetDateTime::now_utc();
-    params.not_before = now - SKEW;
+    params.not_before = now - BACKDATED;
     params.not_after = now + Duration::days(days);
 }
 
@@ -361,7 +362,7 @@ fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityErro
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
-    use netmanager_api::identity::Credentials;
+    use netmanager_api::identity::{Access, Credentials};
 
     use super::*;
 
@@ -407,6 +408,7 @@ mod tests {
         assert_eq!(fs::read(dir.path().join("ca.key")).unwrap(), before);
         let user = || Role::User {
             name: "ann".to_owned(),
+            access: Access::Viewer,
         };
         let out = dir.path().join("ann");
         issue(dir.path(), user(), &out).unwrap();

@@ -1,13 +1,15 @@
 //! The lead's one door: a TLS port for users, agents and leads.
 //!
 //! ```text
-//!  TCP --> TLS (certificate of this mesh required) --> HTTP/2 or HTTP/1.1
+//!  TCP --> TLS (certificate of this mesh required, not revoked) --> HTTP/2 or HTTP/1.1
 //!      --> roles::admit(who, where) --> /v1/...  LeadDoor  /raft/v1/...
+//!                                         '--> roles::authorise(access, method, route, namespace)
 //! ```
 //!
-//! A connection's certificate says who it is; every request is checked against it. What a request means is not
-//! known here.
+//! A connection's certificate says who it is; every request is checked against it, and a connection ends with its
+//! certificate. What a request means is not known here.
 
+pub(crate) mod caller;
 mod peers;
 mod roles;
 
@@ -25,7 +27,7 @@ use hyper_util::{
     server::conn::auto::Builder,
     service::TowerToHyperService,
 };
-use netmanager_api::identity::{Credentials, Identity, IdentityError};
+use netmanager_api::identity::{Credentials, Guarded, Identity, IdentityError, RevokedList, Shown};
 use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -34,6 +36,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::caller::Caller;
 use crate::{agents::AgentDoor, api, lead::Lead, problem::Refusal};
 
 /// The limit of one TLS handshake.
@@ -47,7 +50,7 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 pub(crate) struct Door {
     pub(crate) listener: TcpListener,
     pub(crate) tls: Arc<ServerConfig>,
-    pub(crate) mesh: String,
+    pub(crate) revoked: RevokedList,
     pub(crate) routes: Router,
 }
 
@@ -71,18 +74,19 @@ pub(crate) fn routes(lead: &Arc<Lead>, agents: AgentDoor) -> Router {
         .layer(from_fn(admit))
 }
 
-async fn admit(request: Request, next: Next) -> Response {
+async fn admit(mut request: Request, next: Next) -> Response {
     let identity = request
         .extensions()
         .get::<Identity>()
         .expect("every connection has one");
-    match roles::admit(&identity.role, request.uri().path()) {
-        Ok(()) => next.run(request).await,
-        Err(expected) => {
-            tracing::warn!(%identity, path = request.uri().path(), "refused");
-            Refusal::role(identity, expected).answer()
-        }
+    if let Err(expected) = roles::admit(&identity.role, request.uri().path()) {
+        tracing::warn!(%identity, path = request.uri().path(), takes = expected, "refused");
+        return Refusal::role(identity, expected).answer();
     }
+    if let Some(caller) = Caller::of(identity) {
+        request.extensions_mut().insert(caller);
+    }
+    next.run(request).await
 }
 
 impl Door {
@@ -103,12 +107,11 @@ impl Door {
                     continue;
                 }
             };
-            let (acceptor, mesh, routes) =
-                (acceptor.clone(), self.mesh.clone(), self.routes.clone());
-            let shutdown = shutdown.clone();
+            let (acceptor, revoked) = (acceptor.clone(), self.revoked.clone());
+            let (routes, shutdown) = (self.routes.clone(), shutdown.clone());
             tasks.spawn(async move {
                 tokio::select! {
-                    () = connection(acceptor, tcp, peer, mesh, routes) => {}
+                    () = connection(acceptor, tcp, peer, revoked, routes) => {}
                     () = shutdown.cancelled() => {}
                 }
             });
@@ -122,21 +125,20 @@ async fn connection(
     acceptor: TlsAcceptor,
     tcp: TcpStream,
     peer: SocketAddr,
-    mesh: String,
+    revoked: RevokedList,
     routes: Router,
 ) {
     let _ = tcp.set_nodelay(true);
     let stream = match timeout(HANDSHAKE, acceptor.accept(tcp)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
-        Err(_) => return tracing::debug!(%peer, "the TLS handshake took too long"),
+        Ok(Err(error)) => return tracing::warn!(%peer, %error, "refused at the TLS handshake"),
+        Err(_) => return tracing::warn!(%peer, "refused: the TLS handshake took too long"),
     };
-    let identity = match identify(&stream) {
-        Some(identity) if identity.mesh == mesh => identity,
-        Some(identity) => return tracing::warn!(%peer, %identity, "a stranger knocked"),
-        None => return tracing::warn!(%peer, "a certificate without one identity knocked"),
+    let Some(shown) = shown(&stream) else {
+        return tracing::warn!(%peer, "refused: no certificate with one identity");
     };
-    let routes = routes.layer(axum::Extension(identity));
+    let routes = routes.layer(axum::Extension(shown.identity.clone()));
+    let stream = Guarded::new(stream, Arc::new(shown), revoked);
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http2()
@@ -152,8 +154,8 @@ async fn connection(
     }
 }
 
-fn identify(stream: &TlsStream<TcpStream>) -> Option<Identity> {
+fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates()?.first()?;
-    Identity::of_certificate(certificate).ok()
+    Shown::of_certificate(certificate).ok()
 }

@@ -176,7 +176,7 @@ pub async fn serve(
     let credentials = Credentials::load(&options.credentials).map_err(bad_credentials)?;
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
-    let mesh_name = credentials.identity.mesh.clone();
+    let revoked = credentials.revoked();
     let world = World {
         storage: Arc::new(Folder(options.data)),
         wire: Arc::new(Connections::new(Arc::new(credentials))),
@@ -201,7 +201,7 @@ pub async fn serve(
     let door = Door {
         listener,
         tls,
-        mesh: mesh_name,
+        revoked,
         routes: running.routes(),
     };
     running.tasks.spawn(door.serve(shutdown));

@@ -10,9 +10,8 @@ use control_core::{
     command::{Command, Outcome},
     once::{Digest, Once, digest},
 };
-use netmanager_api::identity::{Identity, Role};
 
-use crate::{lead::Lead, problem::Refusal};
+use crate::{door::caller::Caller, lead::Lead, problem::Refusal};
 
 /// The header with the caller's key.
 pub(crate) const HEADER: &str = "idempotency-key";
@@ -33,11 +32,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Key {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
-        let identity = parts.extensions.get::<Identity>();
-        let user = match identity.map(|identity| &identity.role) {
-            Some(Role::User { name }) => name.clone(),
-            _ => String::new(),
-        };
+        let caller = parts.extensions.get::<Caller>();
+        let user = caller.map(|caller| caller.name.clone());
+        let user = user.ok_or_else(Refusal::nobody)?;
         let chosen = parts.headers.get(HEADER).map(|value| {
             let rule = format!("a key is 1 to {LONGEST} visible ASCII characters");
             match value.to_str() {

@@ -14,6 +14,7 @@ use control_core::{
 use netmanager_api::identity::Identity;
 
 use crate::{
+    door::caller::Caller,
     lead::AskError,
     raft::{members::MemberError, propose::ProposeError},
 };
@@ -72,6 +73,20 @@ impl Refusal {
         let error = format!("{identity} may not do this: it takes the role {expected}");
         Self::new(StatusCode::FORBIDDEN, error)
             .hint("weft cert --role ROLE issues a certificate for another role")
+    }
+
+    /// Who asks may not.
+    pub(crate) fn access(caller: &Caller, namespace: Option<&str>, takes: &str) -> Self {
+        let place = namespace.map(|it| format!(" in namespace {it}"));
+        let place = place.unwrap_or_default();
+        let error = format!("{caller} may not do this{place}: it takes access {takes}");
+        Self::new(StatusCode::FORBIDDEN, error)
+            .hint("ask an admin for a certificate (weft cert --role user --access ...)")
+    }
+
+    /// Nobody may ask for this.
+    pub(crate) fn nobody() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "this opens for nobody")
     }
 
     /// Not every lead knows this yet.
@@ -201,6 +216,10 @@ mod tests {
     #[test]
     fn every_refusal_is_the_golden_one() {
         let identity: Identity = "weft://demo/agent/edge".parse().unwrap();
+        let caller = Caller {
+            name: "ann".to_owned(),
+            access: netmanager_api::identity::Access::Viewer,
+        };
         let goals = GoalErrors(vec![
             GoalError {
                 path: "spec.services[1].requests.cpu".to_owned(),
@@ -237,6 +256,8 @@ mod tests {
             })),
             Refusal::name("to", "A", &bad_name),
             Refusal::role(&identity, "user"),
+            Refusal::access(&caller, Some("shop"), "deployer/shop or admin"),
+            Refusal::nobody(),
             Refusal::missing("service", "a/b/c", "see weft get services"),
             Refusal::no_path("/v2"),
             Refusal::method("PUT", "/v1/nodes"),

@@ -4,25 +4,35 @@
 //!
 //! ```text
 //!  weft://<mesh>/lead/<name>    weft://<mesh>/agent/<cluster>
-//!  weft://<mesh>/node/<cluster>/<node>    weft://<mesh>/user/<name>
+//!  weft://<mesh>/node/<cluster>/<node>    weft://<mesh>/user/<name>[/<access>]
 //! ```
 //!
 //! Both sides of every door show one, signed by the mesh's CA, and each door says which roles it opens for.
 //! Names of hosts mean nothing here: what is checked is the chain, the mesh and the role, so that an address
-//! may change without a new certificate. This module does *not* issue certificates.
+//! may change without a new certificate. No session is resumed: that would spare the check of the certificate. This
+//! module does *not* issue certificates.
+
+mod access;
+mod revoked;
+mod shown;
+mod verify;
 
 use std::{fmt, fs, path::Path, str::FromStr, sync::Arc};
 
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
-    client::{
-        WebPkiServerVerifier,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    },
-    server::WebPkiClientVerifier,
+    ClientConfig, RootCertStore, ServerConfig,
+    client::{Resumption, WebPkiServerVerifier},
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+use self::verify::{ClientCheck, ServerCheck};
+pub use self::{
+    access::Access,
+    revoked::{Revoked, RevokedList},
+    shown::{BACKDATED, Guarded, Shown},
+};
 
 /// What the holder of a certificate may be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,6 +58,8 @@ pub enum Role {
     User {
         /// The user's name.
         name: String,
+        /// What they may do there.
+        access: Access,
     },
 }
 
@@ -67,7 +79,13 @@ impl fmt::Display for Identity {
             Role::Lead { name } => write!(f, "weft://{mesh}/lead/{name}"),
             Role::Agent { cluster } => write!(f, "weft://{mesh}/agent/{cluster}"),
             Role::Node { cluster, node } => write!(f, "weft://{mesh}/node/{cluster}/{node}"),
-            Role::User { name } => write!(f, "weft://{mesh}/user/{name}"),
+            Role::User { name, access } => {
+                write!(f, "weft://{mesh}/user/{name}")?;
+                match access {
+                    Access::Admin => Ok(()),
+                    access => write!(f, "/{access}"),
+                }
+            }
         }
     }
 }
@@ -80,6 +98,9 @@ pub enum IdentityError {
         "{0:?} is not an identity: expected weft://MESH/(lead|agent|user)/NAME or weft://MESH/node/CLUSTER/NODE"
     )]
     Form(String),
+    /// Not what a user may do.
+    #[error("{0:?} is no access: expected viewer, deployer/NAMESPACE[/NAMESPACE...] or admin")]
+    Access(String),
     /// The certificate names no identity, or several.
     #[error(
         "the certificate names {0} identities: expected exactly one weft:// URI in its subject alternative names"
@@ -142,7 +163,21 @@ impl FromStr for Identity {
                     cluster: cluster.into(),
                 },
             ),
-            [mesh, "user", name] => (mesh, Role::User { name: name.into() }),
+            [mesh, "user", name, ref access @ ..] => {
+                let access = match access.join("/").as_str() {
+                    "" => Access::Admin,
+                    // One text for each: an admin's is without.
+                    "admin" => return Err(form()),
+                    access => access.parse()?,
+                };
+                (
+                    mesh,
+                    Role::User {
+                        name: name.into(),
+                        access,
+                    },
+                )
+            }
             [mesh, "node", cluster, node] => (
                 mesh,
                 Role::Node {
@@ -160,6 +195,15 @@ impl FromStr for Identity {
 }
 
 impl Identity {
+    /// Who it is, whatever they may do: a user's without the access.
+    #[must_use]
+    pub fn holder(&self) -> String {
+        match &self.role {
+            Role::User { name, .. } => format!("weft://{}/user/{name}", self.mesh),
+            _ => self.to_string(),
+        }
+    }
+
     /// The identity that a certificate names.
     ///
     /// # Errors
@@ -193,6 +237,7 @@ pub struct Credentials {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,
+    revoked: RevokedList,
 }
 
 impl Credentials {
@@ -217,11 +262,18 @@ impl Credentials {
             chain,
             key,
             roots: Arc::new(roots),
+            revoked: RevokedList::default(),
         })
     }
 
-    /// TLS for a door: every client must show a certificate of this mesh's CA. Roles are the door's to check,
-    /// by [`Identity::of_certificate`] on the peer's first certificate.
+    /// What these credentials' doors and calls take for revoked; empty until it is set.
+    #[must_use]
+    pub fn revoked(&self) -> RevokedList {
+        self.revoked.clone()
+    }
+
+    /// TLS for a door: every client must show a certificate of this mesh's CA that names one identity of this mesh
+    /// and is not revoked. Roles are the door's to check, by [`Shown::of_certificate`] on the peer's first certificate.
     ///
     /// # Errors
     /// When the key and the certificates do not belong together.
@@ -229,12 +281,16 @@ impl Credentials {
         let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider())
             .build()
             .map_err(|error| IdentityError::Authority(error.to_string()))?;
+        let mesh = self.identity.mesh.clone();
+        let verifier = ClientCheck::new(verifier, mesh, self.revoked.clone());
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(verifier))
             .with_single_cert(self.chain.clone(), self.key.clone_key())
             .map_err(IdentityError::Tls)?;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -251,11 +307,8 @@ impl Credentials {
         let chain = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), provider())
             .build()
             .map_err(|error| IdentityError::Authority(error.to_string()))?;
-        let verifier = RoleVerifier {
-            chain,
-            mesh: self.identity.mesh.clone(),
-            accept: Box::new(accept),
-        };
+        let mesh = self.identity.mesh.clone();
+        let verifier = ServerCheck::new(chain, mesh, self.revoked.clone(), Box::new(accept));
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
@@ -263,6 +316,7 @@ impl Credentials {
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
             .map_err(IdentityError::Tls)?;
+        config.resumption = Resumption::disabled();
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -270,6 +324,17 @@ impl Credentials {
 
 /// The name that every certificate of a mesh carries and every client asks for; the role is what is checked.
 pub const SERVER_NAME: &str = "weft.internal";
+
+/// The SHA-256 of `bytes`, in hexadecimal digits: of a certificate its fingerprint, of a token what is kept of it.
+#[must_use]
+pub fn fingerprint(bytes: &[u8]) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
 
 fn provider() -> Arc<rustls::crypto::CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
@@ -304,73 +369,6 @@ fn check_key_mode(path: &Path) -> Result<(), IdentityError> {
     }
 }
 
-/// Accepts a server whose chain leads to the mesh's CA, whose certificate is for [`SERVER_NAME`] and whose
-/// identity the caller accepts.
-struct RoleVerifier {
-    chain: Arc<WebPkiServerVerifier>,
-    mesh: String,
-    accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
-}
-
-impl fmt::Debug for RoleVerifier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RoleVerifier")
-            .field("mesh", &self.mesh)
-            .finish_non_exhaustive()
-    }
-}
-
-impl ServerCertVerifier for RoleVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let verified = self.chain.verify_server_cert(
-            end_entity,
-            intermediates,
-            server_name,
-            ocsp_response,
-            now,
-        )?;
-        let identity = Identity::of_certificate(end_entity)
-            .map_err(|error| rustls::Error::General(error.to_string()))?;
-        if identity.mesh != self.mesh || !(self.accept)(&identity.role) {
-            return Err(rustls::Error::General(format!(
-                "the peer is {identity}, which is not who should be there"
-            )));
-        }
-        Ok(verified)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain
-            .verify_tls12_signature(message, certificate, signed)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain
-            .verify_tls13_signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,6 +380,8 @@ mod tests {
             "weft://m/agent/edge",
             "weft://m/node/edge/n-1",
             "weft://m/user/admin",
+            "weft://m/user/ann/viewer",
+            "weft://m/user/ann/deployer/bank/shop",
         ] {
             assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
         }
@@ -392,6 +392,10 @@ mod tests {
             "weft://m/king/a",
             "weft://M/lead/a",
             "http://m/lead/a",
+            "weft://m/user/ann/admin",
+            "weft://m/user/ann/king",
+            "weft://m/user/ann/deployer",
+            "weft://m/agent/ann/viewer",
         ] {
             assert!(text.parse::<Identity>().is_err(), "{text}");
         }

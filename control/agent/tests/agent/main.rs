@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 mod authority;
+mod doors;
 mod fake;
 
 use std::{
@@ -470,36 +471,6 @@ async fn instances_of_a_node_that_died_are_run_on_the_other_one() {
         Some(&Told::Run(id(1), "n2".to_owned()))
     );
     speaking.abort();
-    agent.end().await;
-}
-
-#[tokio::test]
-async fn only_nodes_of_this_cluster_come_in_at_the_node_door() {
-    let authority = Authority::new();
-    let lead = FakeLead::start(&authority.issue("lead/a")).await;
-    let leads = vec![lead.address];
-    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
-    for (who, named, refusal) in [
-        ("agent/edge", "n1", "weft://m/agent/edge may not come in"),
-        ("lead/a", "n1", "weft://m/lead/a may not come in"),
-        ("node/fog/n1", "n1", "weft://m/node/fog/n1 may not come in"),
-        (
-            "node/edge/n3",
-            "n3",
-            "is no node of this agent's configuration",
-        ),
-        ("node/edge/n1", "n2", "the hello says node \"n2\""),
-    ] {
-        let dialed = FakeNode::dial(agent.door, &authority.issue(who), hello(named)).await;
-        let status = dialed.err().expect(who);
-        assert_eq!(status.code(), tonic::Code::PermissionDenied, "{who}");
-        assert!(status.message().contains(refusal), "{who}: {status}");
-    }
-    let stranger = Authority::new().issue("node/edge/n1");
-    let dialed = FakeNode::dial(agent.door, &stranger, hello("n1")).await;
-    assert!(dialed.is_err(), "another mesh's node");
-    let good = authority.issue("node/edge/n1");
-    assert!(FakeNode::dial(agent.door, &good, hello("n1")).await.is_ok());
     agent.end().await;
 }
 

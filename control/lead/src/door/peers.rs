@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Request, State},
     http::StatusCode,
@@ -11,6 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
+use netmanager_api::identity::{Identity, Role};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -76,8 +77,23 @@ async fn snapshot(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
     write(&lead.raft.install_snapshot(read(&body)?).await)
 }
 
-async fn ask(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
-    write(&lead.answer(read(&body)?).await)
+/// What a lead asks of the leader may change the Knowledge Base: who is no member asks only whether it is one.
+async fn ask(
+    State(lead): State<Arc<Lead>>,
+    Extension(identity): Extension<Identity>,
+    body: Bytes,
+) -> Reply {
+    let ask = read(&body);
+    let is_member = lead
+        .members()
+        .iter()
+        .any(|member| matches!(&identity.role, Role::Lead { name } if *name == member.name));
+    if !is_member && !matches!(ask, Ok(Ask::Seat(_))) {
+        tracing::warn!(%identity, "refused: no member of the group");
+        let error = format!("{identity} is no member of this group");
+        return Err((StatusCode::FORBIDDEN, error));
+    }
+    write(&lead.answer(ask?).await)
 }
 
 async fn stand(State(lead): State<Arc<Lead>>) -> Reply {

@@ -1,6 +1,20 @@
 //! Who may ask for what: the one place that says so.
+//!
+//! ```text
+//!  a certificate's role --admit--> one area of the door: leads, agents, or the control API
+//!  in the control API   --authorise--> (access, method, route, namespace) --> allowed, or what it takes
+//! ```
+//!
+//! | access | reads | changes in its namespaces | everything else |
+//! |---|---|---|---|
+//! | viewer | yes | no | no |
+//! | deployer | yes | yes | no |
+//! | admin | yes | yes, in all | yes |
+//!
+//! A route that is not named here opens for nobody.
 
-use netmanager_api::identity::Role;
+use axum::http::Method;
+use netmanager_api::identity::{Access, Role};
 
 /// Whether a holder of `role` may ask for `path`; else which role may.
 ///
@@ -15,6 +29,71 @@ pub(crate) fn admit(role: &Role, path: &str) -> Result<(), &'static str> {
         ("weft.agent.v1.LeadDoor", _) => Err("agent"),
         ("raft", _) => Err("lead"),
         _ => Err("nobody"),
+    }
+}
+
+/// What a route of the control API takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Takes {
+    /// To be let in at all.
+    Reading,
+    /// To deploy in the namespace that is asked for.
+    Deploying,
+    /// To be an admin.
+    Administration,
+}
+
+fn takes(method: &Method, route: &str) -> Option<Takes> {
+    match (method.as_str(), route) {
+        (
+            "GET",
+            "/openapi.json"
+            | "/v1/applications"
+            | "/v1/services"
+            | "/v1/bindings"
+            | "/v1/clusters"
+            | "/v1/nodes"
+            | "/v1/migrations"
+            | "/v1/explain/{namespace}/{application}/{service}"
+            | "/v1/status"
+            | "/v1/leads",
+        ) => Some(Takes::Reading),
+        ("POST", "/v1/applications" | "/v1/migrations")
+        | ("DELETE", "/v1/applications/{namespace}/{name}") => Some(Takes::Deploying),
+        ("GET", "/v1/backup")
+        | ("POST", "/v1/restore" | "/v1/leads" | "/v1/leads/drain" | "/v1/leads/{name}/drain")
+        | ("DELETE", "/v1/leads/{name}") => Some(Takes::Administration),
+        _ => None,
+    }
+}
+
+/// Whether somebody with this access may ask for this; else which access may.
+///
+/// `namespace` is the one that the path names. Where it stands in the body it is `None` at first, which lets every
+/// deployer pass to where the body is read, and the handler asks again for each namespace that the body names.
+///
+/// # Errors
+/// With the access that it takes, for people.
+pub(crate) fn authorise(
+    access: &Access,
+    method: &Method,
+    route: &str,
+    namespace: Option<&str>,
+) -> Result<(), String> {
+    let admin = || Access::Admin.to_string();
+    let deployer = || {
+        let namespace = namespace.unwrap_or("NAMESPACE");
+        format!("deployer/{namespace} or admin")
+    };
+    match (takes(method, route), access) {
+        (None, _) => Err("nobody".to_owned()),
+        (Some(_), Access::Admin) | (Some(Takes::Reading), _) => Ok(()),
+        (Some(Takes::Administration), _) => Err(admin()),
+        (Some(Takes::Deploying), Access::Viewer) => Err(deployer()),
+        (Some(Takes::Deploying), Access::Deployer { namespaces }) => match namespace {
+            Some(namespace) if !namespaces.contains(namespace) => Err(deployer()),
+            _ => Ok(()),
+        },
     }
 }
 
@@ -35,7 +114,13 @@ mod tests {
                     node: name(),
                 },
             ),
-            ("user", Role::User { name: name() }),
+            (
+                "user",
+                Role::User {
+                    name: name(),
+                    access: Access::Viewer,
+                },
+            ),
         ];
         let doors = [
             ("/v1/applications", "user"),
@@ -61,5 +146,87 @@ mod tests {
                 assert_eq!(admit(role, path), want, "{name} at {path:?}");
             }
         }
+    }
+
+    /// Who may: a viewer, a deployer of the namespace, a deployer of another one, an admin.
+    const EVERYBODY: [bool; 4] = [true; 4];
+    const DEPLOYERS: [bool; 4] = [false, true, false, true];
+    const ADMINS: [bool; 4] = [false, false, false, true];
+
+    /// Every route of the API: a new one must be named here, and in [`takes`].
+    const TABLE: &[(&str, &str, [bool; 4])] = &[
+        ("GET", "/openapi.json", EVERYBODY),
+        ("GET", "/v1/applications", EVERYBODY),
+        ("POST", "/v1/applications", DEPLOYERS),
+        ("DELETE", "/v1/applications/{namespace}/{name}", DEPLOYERS),
+        ("GET", "/v1/services", EVERYBODY),
+        ("GET", "/v1/bindings", EVERYBODY),
+        ("GET", "/v1/clusters", EVERYBODY),
+        ("GET", "/v1/nodes", EVERYBODY),
+        ("GET", "/v1/migrations", EVERYBODY),
+        ("POST", "/v1/migrations", DEPLOYERS),
+        (
+            "GET",
+            "/v1/explain/{namespace}/{application}/{service}",
+            EVERYBODY,
+        ),
+        ("GET", "/v1/status", EVERYBODY),
+        ("GET", "/v1/leads", EVERYBODY),
+        ("POST", "/v1/leads", ADMINS),
+        ("POST", "/v1/leads/drain", ADMINS),
+        ("DELETE", "/v1/leads/{name}", ADMINS),
+        ("POST", "/v1/leads/{name}/drain", ADMINS),
+        ("GET", "/v1/backup", ADMINS),
+        ("POST", "/v1/restore", ADMINS),
+    ];
+
+    #[test]
+    fn every_route_and_every_access_is_decided() {
+        let access = |text: &str| text.parse::<Access>().unwrap();
+        let who = ["viewer", "deployer/shop", "deployer/bank/mail", "admin"].map(access);
+        for (method, route, may) in TABLE {
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            for (access, may) in who.iter().zip(may) {
+                let answer = authorise(access, &method, route, Some("shop"));
+                assert_eq!(
+                    answer.is_ok(),
+                    *may,
+                    "{access}: {method} {route}: {answer:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_route_of_the_api_is_in_the_table_and_every_other_is_closed() {
+        let listed: std::collections::BTreeSet<_> = crate::api::listed().into_iter().collect();
+        let tabled = TABLE
+            .iter()
+            .map(|(method, route, _)| ((*method).to_owned(), *route))
+            .collect();
+        assert_eq!(listed, tabled);
+        for (method, route) in [
+            ("PUT", "/v1/applications"),
+            ("GET", "/v1/secrets"),
+            ("GET", ""),
+        ] {
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            let answer = authorise(&Access::Admin, &method, route, None);
+            assert_eq!(answer, Err("nobody".to_owned()), "{method} {route}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_what_it_takes() {
+        let ask = |access: &str, method, route, namespace| {
+            authorise(&access.parse().unwrap(), &method, route, namespace).unwrap_err()
+        };
+        let apply = "/v1/applications";
+        let of_shop = ask("deployer/bank", Method::POST, apply, Some("shop"));
+        assert_eq!(of_shop, "deployer/shop or admin");
+        let any = ask("viewer", Method::POST, apply, None);
+        assert_eq!(any, "deployer/NAMESPACE or admin");
+        let admin = ask("deployer/shop", Method::POST, "/v1/restore", None);
+        assert_eq!(admin, "admin");
     }
 }

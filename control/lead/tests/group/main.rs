@@ -3,6 +3,7 @@
 
 mod agents;
 mod backup;
+mod doors;
 mod members;
 mod mesh;
 mod once;

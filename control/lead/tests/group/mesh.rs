@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use control_api::http::Status;
 use http::{Method, Request, StatusCode};
-use netmanager_api::identity::{Credentials, Role};
+use netmanager_api::identity::{Access, Credentials, Role};
 use serde::de::DeserializeOwned;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -78,8 +78,17 @@ impl TestMesh {
         let issue = |role: Role, out: &str| {
             authority::issue(&ca, role, &dir.path().join(out)).unwrap();
         };
-        let user = "user".to_owned();
-        issue(Role::User { name: user }, "user");
+        let user = |name: &str, access: Access| {
+            let role = Role::User {
+                name: name.to_owned(),
+                access,
+            };
+            issue(role, name);
+        };
+        user("user", Access::Admin);
+        user("viewer", Access::Viewer);
+        let namespaces = BTreeSet::from(["shop".to_owned()]);
+        user("deployer", Access::Deployer { namespaces });
         let cluster = "edge".to_owned();
         issue(Role::Agent { cluster }, "agent");
         let cluster = "fog".to_owned();
@@ -198,6 +207,11 @@ impl TestMesh {
         self.run(name, listener);
     }
 
+    /// Where a lead's door is.
+    pub(crate) fn address(&self, name: &str) -> SocketAddr {
+        self.addresses[name]
+    }
+
     /// Whether the other leads reach `name`; it reaches them all the while.
     pub(crate) fn hears(&self, name: &str, hears: bool) {
         self.relays[name].cut.send_replace(!hears);
@@ -257,7 +271,7 @@ impl TestMesh {
         dial(&credentials, self.addresses[lead], is_lead).unwrap()
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
@@ -292,6 +306,17 @@ impl TestMesh {
         path: &str,
     ) -> (StatusCode, String) {
         request(self.channel(who, lead), method, path, "", None).await
+    }
+
+    /// Asks a lead with other credentials, and a body.
+    pub(crate) async fn ask_with(
+        &self,
+        who: &str,
+        lead: &str,
+        (method, path): (&str, &str),
+        body: &str,
+    ) -> (StatusCode, String) {
+        request(self.channel(who, lead), method, path, body, None).await
     }
 
     /// Gets and reads JSON.

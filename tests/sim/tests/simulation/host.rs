@@ -17,7 +17,7 @@ use axum::{Router, body::Body};
 use bytes::Bytes;
 use control_core::base::KnowledgeBase;
 use http::Request;
-use netmanager_api::identity::{Identity, Role};
+use netmanager_api::identity::{Access, Identity, Role};
 use tokio::{
     runtime::{Builder, Runtime},
     time::{Instant, advance, sleep_until},
@@ -297,6 +297,7 @@ impl Receive {
         } else {
             Role::User {
                 name: "user".to_owned(),
+                access: Access::Admin,
             }
         };
         let mut request = request.map(Body::from);

@@ -1,0 +1,114 @@
+//! Certificates that count no more, though they have not expired.
+//!
+//! ```text
+//!  leads' state --> RevokedList of every lead --> TLS of its door and of its calls
+//!       '--> with the assignments --> RevokedList of every agent --> TLS of its node door and of its calls
+//! ```
+//!
+//! Either every certificate of a holder that was issued up to a moment, so that who lost one gets another under the
+//! same name; or one certificate by its fingerprint.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::Shown;
+
+/// What is revoked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoked {
+    /// Holders ([`Identity::holder`](super::Identity::holder)), whose certificates issued up to this time count no
+    /// more, milliseconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub holders: BTreeMap<String, u64>,
+    /// Certificates by fingerprint, with their holder.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub certificates: BTreeMap<String, String>,
+}
+
+impl Revoked {
+    /// Whether this certificate is revoked.
+    #[must_use]
+    pub fn holds(&self, shown: &Shown) -> bool {
+        let until = self.holders.get(&shown.identity.holder());
+        until.is_some_and(|until| shown.issued_ms <= *until)
+            || self.certificates.contains_key(&shown.fingerprint)
+    }
+
+    /// Whether nothing is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.holders.is_empty() && self.certificates.is_empty()
+    }
+}
+
+/// What is revoked, as the doors of one process look it up; clones are the same list.
+#[derive(Clone, Debug, Default)]
+pub struct RevokedList(Arc<RwLock<Revoked>>);
+
+impl RevokedList {
+    /// From now on this is revoked, and nothing else.
+    pub fn set(&self, revoked: Revoked) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = revoked;
+    }
+
+    /// Whether this certificate is revoked.
+    #[must_use]
+    pub fn holds(&self, shown: &Shown) -> bool {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .holds(shown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(identity: &str, issued_ms: u64) -> Shown {
+        Shown {
+            identity: identity.parse().unwrap(),
+            fingerprint: format!("{issued_ms:064x}"),
+            issued_ms,
+            expires_ms: u64::MAX,
+        }
+    }
+
+    #[test]
+    fn a_holder_s_older_certificates_are_revoked_and_a_new_one_is_not() {
+        let revoked = Revoked {
+            holders: BTreeMap::from([("weft://m/user/ann".to_owned(), 1_000)]),
+            certificates: BTreeMap::new(),
+        };
+        let list = RevokedList::default();
+        list.set(revoked);
+        for (identity, issued_ms, want) in [
+            ("weft://m/user/ann", 999, true),
+            ("weft://m/user/ann", 1_000, true),
+            ("weft://m/user/ann", 1_001, false),
+            // Whatever she may do.
+            ("weft://m/user/ann/deployer/shop", 5, true),
+            ("weft://m/user/bob", 5, false),
+            ("weft://m/lead/ann", 5, false),
+            ("weft://n/user/ann", 5, false),
+        ] {
+            let shown = shown(identity, issued_ms);
+            assert_eq!(list.holds(&shown), want, "{identity} of {issued_ms}");
+        }
+    }
+
+    #[test]
+    fn one_certificate_is_revoked_and_its_holder_s_others_are_not() {
+        let stolen = shown("weft://m/node/edge/n1", 5);
+        let revoked = Revoked {
+            holders: BTreeMap::new(),
+            certificates: BTreeMap::from([(stolen.fingerprint.clone(), stolen.identity.holder())]),
+        };
+        assert!(revoked.holds(&stolen));
+        assert!(!revoked.holds(&shown("weft://m/node/edge/n1", 4)));
+    }
+}

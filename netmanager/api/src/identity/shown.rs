@@ -1,0 +1,129 @@
+//! A certificate as its holder shows it at a door.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use rustls_pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::{Identity, IdentityError, RevokedList, fingerprint};
+
+/// Certificates begin this long before they are issued, because clocks differ.
+pub const BACKDATED: Duration = Duration::from_secs(300);
+
+/// What a certificate says, and which one it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// Its holder.
+    pub identity: Identity,
+    /// The SHA-256 of its DER form, in hexadecimal digits.
+    pub fingerprint: String,
+    /// When it was issued: [`BACKDATED`] after its validity begins; milliseconds since the Unix epoch.
+    pub issued_ms: u64,
+    /// When it ends, milliseconds since the Unix epoch.
+    pub expires_ms: u64,
+}
+
+impl Shown {
+    /// Reads a certificate; whether it is worth anything is the chain's to say.
+    ///
+    /// # Errors
+    /// When it cannot be parsed, or does not name exactly one identity.
+    pub fn of_certificate(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let identity = Identity::of_certificate(certificate)?;
+        let (_, parsed) = X509Certificate::from_der(certificate)
+            .map_err(|error| IdentityError::Certificate(error.to_string()))?;
+        let ms = |seconds: i64| u64::try_from(seconds).unwrap_or(0).saturating_mul(1000);
+        let validity = parsed.validity();
+        let backdated = i64::try_from(BACKDATED.as_secs()).unwrap_or(0);
+        Ok(Self {
+            identity,
+            fingerprint: fingerprint(certificate),
+            issued_ms: ms(validity.not_before.timestamp().saturating_add(backdated)),
+            expires_ms: ms(validity.not_after.timestamp()),
+        })
+    }
+
+    /// Whether it has expired.
+    fn is_over(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now_ms = now.map_or(0, |now| now.as_millis());
+        now_ms > u128::from(self.expires_ms)
+    }
+}
+
+/// A connection whose other end showed a certificate; it breaks when that one is revoked or expires.
+///
+/// Looked at whenever something is read: the doors' pings make that a matter of seconds.
+#[derive(Debug)]
+pub struct Guarded<S> {
+    stream: S,
+    shown: Arc<Shown>,
+    revoked: RevokedList,
+}
+
+impl<S> Guarded<S> {
+    /// The connection `stream` with who showed `shown`.
+    pub fn new(stream: S, shown: Arc<Shown>, revoked: RevokedList) -> Self {
+        Self {
+            stream,
+            shown,
+            revoked,
+        }
+    }
+
+    /// What the other end showed.
+    #[must_use]
+    pub fn shown(&self) -> &Arc<Shown> {
+        &self.shown
+    }
+
+    fn check(&self) -> io::Result<()> {
+        let problem = if self.revoked.holds(&self.shown) {
+            "is revoked"
+        } else if self.shown.is_over() {
+            "has expired"
+        } else {
+            return Ok(());
+        };
+        let identity = &self.shown.identity;
+        tracing::warn!(%identity, "a connection ends: its certificate {problem}");
+        let error = format!("the certificate of {identity} {problem}");
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, error))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check()?;
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
