@@ -1,16 +1,17 @@
 //! Asking the control API: the given leads in turn, until one answers.
 
-use std::{fmt::Write, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt::Write, fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
 use clap::Args;
 use control_api::http::Problem;
-use http::{Method, Request, StatusCode};
-use netmanager_api::identity::{Credentials, Role};
+use http::{HeaderValue, Method, Request, StatusCode, header::AUTHORIZATION};
+use netmanager_api::identity::{Credentials, Role, check_secret_mode, client_without_certificate};
+use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
-use weft_lead::dial::{dial, exchange};
+use weft_lead::dial::{dial_by, exchange};
 
 /// How long one lead may take; longer than it looks for a leader and waits for the plan.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -28,8 +29,26 @@ pub(crate) struct Leads {
     )]
     leads: Vec<SocketAddr>,
     /// The folder with tls.crt, tls.key and ca.crt, role user.
-    #[arg(long, value_name = "DIR", env = "WEFT_CREDENTIALS")]
-    credentials: PathBuf,
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "WEFT_CREDENTIALS",
+        required_unless_present = "token"
+    )]
+    credentials: Option<PathBuf>,
+    /// A file with a token, in the place of a certificate; --lead is where the leads take tokens then.
+    #[arg(long, value_name = "FILE", env = "WEFT_TOKEN", requires = "ca")]
+    token: Option<PathBuf>,
+    /// The mesh's ca.crt, for a token.
+    #[arg(long, value_name = "FILE", env = "WEFT_CA")]
+    ca: Option<PathBuf>,
+}
+
+/// How a lead is told who asks.
+struct Proof {
+    tls: Arc<ClientConfig>,
+    /// The value of the header `Authorization`.
+    bearer: Option<HeaderValue>,
 }
 
 /// The key of a change: asked again with the same one, it is carried out once.
@@ -78,23 +97,42 @@ impl Leads {
 
     /// Asks the leads in turn; the answer of the first that gives one, as it is.
     pub(crate) fn ask_bytes(&self, ask: &Ask<'_>) -> anyhow::Result<Bytes> {
-        let credentials = Credentials::load(&self.credentials).with_context(|| {
-            format!(
-                "the credentials in {} do not serve",
-                self.credentials.display()
-            )
-        })?;
+        let proof = self.proof()?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("failed to start the runtime")?;
-        runtime.block_on(self.in_turn(&credentials, ask))
+        runtime.block_on(self.in_turn(&proof, ask))
     }
 
-    async fn in_turn(&self, credentials: &Credentials, ask: &Ask<'_>) -> anyhow::Result<Bytes> {
+    fn proof(&self) -> anyhow::Result<Proof> {
+        let is_lead = |role: &Role| matches!(role, Role::Lead { .. });
+        if let (Some(token), Some(ca)) = (&self.token, &self.ca) {
+            let bad = || format!("the token in {} does not serve", token.display());
+            check_secret_mode(token).with_context(bad)?;
+            let text = fs::read_to_string(token).with_context(bad)?;
+            let mut bearer =
+                HeaderValue::from_str(&format!("Bearer {}", text.trim())).with_context(bad)?;
+            bearer.set_sensitive(true);
+            let tls = client_without_certificate(ca, &[b"h2"], is_lead)
+                .with_context(|| format!("{} does not serve as the CA", ca.display()))?;
+            return Ok(Proof {
+                tls,
+                bearer: Some(bearer),
+            });
+        }
+        let dir = self.credentials.as_ref();
+        let dir = dir.context("who asks? --credentials, or --token and --ca")?;
+        let tls = Credentials::load(dir)
+            .and_then(|credentials| credentials.client(&[b"h2"], is_lead))
+            .with_context(|| format!("the credentials in {} do not serve", dir.display()))?;
+        Ok(Proof { tls, bearer: None })
+    }
+
+    async fn in_turn(&self, proof: &Proof, ask: &Ask<'_>) -> anyhow::Result<Bytes> {
         let mut failures = String::new();
         for lead in &self.leads {
-            match one(*lead, credentials, ask).await {
+            match one(*lead, proof, ask).await {
                 Ok((status, body)) if status.is_success() => return Ok(body),
                 Ok((StatusCode::SERVICE_UNAVAILABLE, body)) => {
                     write!(failures, "\n  lead {lead}: {}", problem(&body))?;
@@ -109,16 +147,19 @@ impl Leads {
 
 async fn one(
     lead: SocketAddr,
-    credentials: &Credentials,
+    proof: &Proof,
     ask: &Ask<'_>,
 ) -> anyhow::Result<(StatusCode, Bytes)> {
-    let channel = dial(credentials, lead, |role| matches!(role, Role::Lead { .. }))?;
+    let channel = dial_by(proof.tls.clone(), lead);
     let mut request = Request::builder()
         .method(&ask.method)
         .uri(ask.path)
         .header("content-type", ask.content_type);
     if let Some(key) = &ask.key {
         request = request.header("idempotency-key", key);
+    }
+    if let Some(bearer) = &proof.bearer {
+        request = request.header(AUTHORIZATION, bearer);
     }
     let request = request.body(ask.body.clone())?;
     match timeout(ANSWER, exchange(channel, request)).await {

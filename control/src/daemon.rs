@@ -32,6 +32,9 @@ pub(crate) struct Daemon {
     /// Where the others find it; as --listen when it is left out.
     #[arg(long, value_name = "IP:PORT")]
     advertise: Option<SocketAddr>,
+    /// Where it takes tokens for the control API (weft token); nowhere when it is left out.
+    #[arg(long, value_name = "IP:PORT")]
+    listen_tokens: Option<SocketAddr>,
     /// The mesh file; needed on the first start.
     #[arg(long, value_name = "FILE")]
     mesh: Option<PathBuf>,
@@ -63,6 +66,7 @@ impl Daemon {
             credentials: self.credentials,
             listen: self.listen,
             advertise: self.advertise,
+            tokens: self.listen_tokens,
             mesh: self.mesh,
             peers,
             join: self.join.into_iter().collect(),

@@ -10,6 +10,7 @@ mod daemon;
 mod flows;
 mod leads;
 mod node_door;
+mod security;
 mod show;
 mod trace;
 mod user;
@@ -34,6 +35,14 @@ enum Command {
     Init(authority::Init),
     /// Issues a certificate.
     Cert(authority::Cert),
+    /// Revokes certificates.
+    #[command(subcommand)]
+    Certificate(security::Certificates),
+    /// Tokens for the control API.
+    #[command(subcommand)]
+    Token(security::Token),
+    /// Shows who changed what.
+    Audit(security::Audit),
     /// Runs a lead, or changes who the leads are.
     Lead(Box<leads::Lead>),
     /// Runs a cluster's agent.
@@ -87,6 +96,9 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Init(init) => init.run(),
         Command::Cert(cert) => cert.run(),
+        Command::Certificate(certificates) => certificates.run(),
+        Command::Token(token) => token.run(),
+        Command::Audit(audit) => audit.run(),
         Command::Lead(lead) => lead.run(),
         Command::Agent(args) => daemon::runtime()?.block_on(async {
             weft_agent::run(args).await?;

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use comfy_table::{Table, presets};
 use control_api::http::{
-    Application, ApplyResponse, ApplyResult, Binding, Cluster, Explained, Lead, LeadAdded, List,
-    Migration, Node, Service, Status,
+    Application, ApplyResponse, ApplyResult, AuditEntry, Binding, Cluster, Explained, Lead,
+    LeadAdded, List, Migration, Node, Revocation, Service, Status, Token,
 };
 use control_core::placement::{Decision, Lost, Parts, Verdict};
 
@@ -104,6 +104,60 @@ impl Rows for Binding {
                 .unwrap_or_else(|| or_dash(self.addr6)),
             self.reason.clone(),
         ]
+    }
+}
+
+impl Rows for Token {
+    const HEADER: &'static [&'static str] = &["TOKEN", "ACCESS", "CREATED", "EXPIRES"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.access.clone(),
+            moment(self.created_ms),
+            moment(self.expires_ms),
+        ]
+    }
+}
+
+impl Rows for Revocation {
+    const HEADER: &'static [&'static str] = &["HOLDER", "ISSUED UNTIL", "CERTIFICATE"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.holder.clone(),
+            or_dash(self.issued_until_ms.map(moment)),
+            or_dash(self.certificate.as_ref()),
+        ]
+    }
+}
+
+impl Rows for AuditEntry {
+    const HEADER: &'static [&'static str] = &["REVISION", "WHEN", "WHO", "WHAT"];
+
+    fn row(&self) -> Vec<String> {
+        let [incarnation, index] = self.revision;
+        vec![
+            format!("{incarnation}.{index}"),
+            moment(self.at_ms),
+            self.by.clone(),
+            self.what.clone(),
+        ]
+    }
+}
+
+/// A moment, in UTC.
+fn moment(ms: u64) -> String {
+    let seconds = i64::try_from(ms / 1_000).unwrap_or(i64::MAX);
+    match time::OffsetDateTime::from_unix_timestamp(seconds) {
+        Ok(at) => format!(
+            "{} {:02}:{:02}:{:02}",
+            at.date(),
+            at.hour(),
+            at.minute(),
+            at.second()
+        ),
+        Err(_) => ms.to_string(),
     }
 }
 

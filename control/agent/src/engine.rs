@@ -7,7 +7,10 @@ use std::{
 };
 
 use control_core::report::Report;
-use netmanager_api::conditions::{Conditions, REPEAT};
+use netmanager_api::{
+    conditions::{Conditions, REPEAT},
+    identity::RevokedList,
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{MissedTickBehavior, interval},
@@ -71,6 +74,8 @@ pub struct Engine<D> {
     pub outbox: watch::Sender<Outbox>,
     /// What it says of load and coordinates.
     pub conditions: watch::Sender<Conditions>,
+    /// The certificates that count no more, as the leads say.
+    pub revoked: RevokedList,
 }
 
 impl<D: Driver> Engine<D> {
@@ -142,7 +147,9 @@ impl<D: Driver> Engine<D> {
             }
             Event::Ordered(assignments) => {
                 let revision = assignments.revision;
+                let revoked = assignments.revoked.clone();
                 if self.cluster.ordered(assignments) {
+                    self.revoked.set(revoked);
                     self.store.keep_charge(self.cluster.charge());
                 } else {
                     tracing::info!(

@@ -125,8 +125,11 @@ impl<D: Driver> Agent<D> {
         let (outbox, outgoing) = watch::channel(Outbox::default());
         let (conditions, telling) = watch::channel(Conditions::default());
         let revoked = self.credentials.revoked();
+        if let Some(orders) = &kept.charge.orders {
+            revoked.set(orders.revoked.clone());
+        }
         let nodes = capacity.keys().cloned().collect();
-        let door = Door::new(identity, nodes, event.clone(), revoked);
+        let door = Door::new(identity, nodes, event.clone(), revoked.clone());
         let leads = LeadClient {
             leads: self.leads,
             tls: client,
@@ -143,6 +146,7 @@ impl<D: Driver> Agent<D> {
             events,
             outbox,
             conditions,
+            revoked,
         };
         let end = shutdown.child_token();
         let mut tasks = JoinSet::new();

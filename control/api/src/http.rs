@@ -13,6 +13,9 @@
 //!  POST   /v1/leads                                  LeadRequest -> LeadAdded
 //!  DELETE /v1/leads/{name}                           -> Changed
 //!  POST   /v1/leads/{name}/drain                     -> Drained; also /v1/leads/drain, whoever leads
+//!  GET    /v1/tokens -> List<Token>                  POST TokenRequest, DELETE /v1/tokens/{name} -> Changed
+//!  GET    /v1/revocations -> List<Revocation>        POST RevocationRequest -> Changed
+//!  GET    /v1/audit[?limit=100] -> List<AuditEntry>
 //! ```
 //!
 //! A change may carry the header `Idempotency-Key`: asked again with the same key and body it answers the same, and is
@@ -460,6 +463,90 @@ pub struct Restored {
     pub backup_index: u64,
     /// Index of the log entry.
     pub index: u64,
+}
+
+/// A token for the API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Token {
+    /// Its name.
+    pub name: String,
+    /// What its holder may do: `viewer`, `deployer/NAMESPACE...` or `admin`.
+    pub access: String,
+    /// When it was made.
+    pub created_ms: u64,
+    /// When it ends.
+    pub expires_ms: u64,
+}
+
+/// A wish for a token, which is then `NAME.SECRET` in a header `Authorization: Bearer`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 of its secret, in hexadecimal digits: the secret itself is not sent. Take at least 32 random bytes.
+    pub hash: String,
+    /// What its holder may do: `viewer`, `deployer/NAMESPACE...` or `admin`.
+    pub access: String,
+    /// How long it lasts, days.
+    pub days: u64,
+}
+
+/// Certificates that count no more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Revocation {
+    /// Whose, as a URI.
+    pub holder: String,
+    /// All that were issued until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issued_until_ms: Option<u64>,
+    /// The one with this SHA-256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<String>,
+}
+
+/// A wish that certificates count no more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RevocationRequest {
+    /// Whose: the URI in the certificate.
+    pub holder: String,
+    /// Only the one with this SHA-256, in hexadecimal digits; else all that were issued until now.
+    #[serde(default)]
+    pub certificate: Option<String>,
+}
+
+/// How much of the audit log is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct AuditQuery {
+    /// How many changes at most.
+    pub limit: usize,
+    /// Whether the answer shows every change acknowledged before.
+    pub consistent: bool,
+}
+
+impl Default for AuditQuery {
+    fn default() -> Self {
+        Self {
+            limit: 100,
+            consistent: true,
+        }
+    }
+}
+
+/// A change that was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuditEntry {
+    /// The revision that it made: incarnation and log index.
+    pub revision: [u64; 2],
+    /// When.
+    pub at_ms: u64,
+    /// Who: a certificate's name, or `token:NAME`.
+    pub by: String,
+    /// What.
+    pub what: String,
 }
 
 /// A lead does not lead any more.

@@ -21,7 +21,7 @@ use control_core::{
     assignment::Assignment,
     report::{ClusterFacts, Report},
 };
-use netmanager_api::{conditions::Conditions, table::Table};
+use netmanager_api::{conditions::Conditions, identity::Revoked, table::Table};
 use serde::{Deserialize, Serialize};
 
 /// The largest message that either side takes, bytes: some 20,000 table rows.
@@ -88,6 +88,9 @@ pub struct Assignments {
     pub revision: (u64, u64),
     /// Every order for the cluster; an instance that none names is left alone and reported.
     pub list: Vec<Assignment>,
+    /// The certificates of its nodes and of leads that count no more.
+    #[serde(default, skip_serializing_if = "Revoked::is_empty")]
+    pub revoked: Revoked,
 }
 
 /// What an agent works under.

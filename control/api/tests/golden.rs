@@ -167,6 +167,7 @@ fn what_a_lead_says_has_a_golden_file() {
         &ToAgent::Assignments(Assignments {
             revision: (0, 41),
             list: vec![order(3, Want::Stop), order(4, Want::Run(Box::new(run)))],
+            revoked: netmanager_api::identity::Revoked::default(),
         }),
     );
     let table = Table {

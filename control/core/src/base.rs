@@ -25,6 +25,7 @@ use crate::{
     once::{KEY_LIMIT, Memory, Once},
     placement::Decision,
     report::{ClusterFacts, EndpointFact, InstanceId, NodeReport, Phase},
+    security::Security,
     table::Revision,
 };
 
@@ -83,6 +84,9 @@ pub struct KnowledgeBase {
     /// What came of the last requests.
     #[serde(default)]
     pub memory: Memory,
+    /// Tokens, revocations, and who changed what.
+    #[serde(default)]
+    pub security: Security,
 }
 
 /// The mesh as a whole.
@@ -282,7 +286,7 @@ impl KnowledgeBase {
         outcomes
     }
 
-    fn apply_one(&mut self, command: &Command) -> Outcome {
+    pub(crate) fn apply_one(&mut self, command: &Command) -> Outcome {
         if let Command::InitMesh(mesh) = command {
             return self.init_mesh(mesh);
         }
@@ -320,6 +324,18 @@ impl KnowledgeBase {
             Command::RaiseLevel { .. } => Ok(Applied::Unchanged),
             Command::Once(once) => self.once(once),
             Command::Restore(backup) => self.restore(backup),
+            Command::Signed(signed) => self.signed(signed),
+            Command::CreateToken {
+                name,
+                hash,
+                access,
+                lasts_ms,
+            } => self.create_token(name, hash, access, *lasts_ms),
+            Command::RevokeToken { name } => self.revoke_token(name),
+            Command::RevokeCertificate {
+                holder,
+                certificate,
+            } => self.revoke_certificate(holder, certificate.as_ref()),
         }
     }
 
@@ -339,7 +355,8 @@ impl KnowledgeBase {
         outcome
     }
 
-    /// A copy to try things on: without the memory of requests, which is large and not tried.
+    /// A copy to try things on: without the memory of requests, which is large and not tried, and without tokens and
+    /// the audit log, which nobody may read there.
     #[must_use]
     pub fn sketch(&self) -> Self {
         Self {
@@ -358,6 +375,7 @@ impl KnowledgeBase {
             level: self.level,
             adopt_until_ms: self.adopt_until_ms,
             memory: Memory::default(),
+            security: self.security.sketch(),
         }
     }
 

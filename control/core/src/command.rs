@@ -13,6 +13,7 @@ use crate::{
     once::Once,
     placement::Decision,
     report::{ClusterFacts, Report},
+    security::Signed,
 };
 
 /// One entry of the log: commands that waited together, with a result each.
@@ -98,6 +99,61 @@ pub enum Command {
     Restore(Box<KnowledgeBase>),
     /// A command that came with a key: the same key is carried out once.
     Once(Box<Once>),
+    /// A command that somebody asked for: it is noted who.
+    Signed(Box<Signed>),
+    /// A token for the control API.
+    CreateToken {
+        /// Its name.
+        name: Name,
+        /// SHA-256 of its secret, in hexadecimal digits.
+        hash: String,
+        /// What its holder may do, as certificates say it.
+        access: String,
+        /// How long it lasts, milliseconds.
+        lasts_ms: u64,
+    },
+    /// A token counts no more.
+    RevokeToken {
+        /// Its name.
+        name: Name,
+    },
+    /// Certificates count no more: all that a holder was issued until now, or the one that is named.
+    RevokeCertificate {
+        /// The holder, as a URI.
+        holder: String,
+        /// SHA-256 of the one certificate, in hexadecimal digits.
+        certificate: Option<String>,
+    },
+}
+
+impl Command {
+    /// What it does, in a few words: for the audit log.
+    #[must_use]
+    pub fn what(&self) -> String {
+        match self {
+            Self::ForgetCluster { cluster } => format!("forget cluster {cluster}"),
+            Self::Apply(application) => format!("apply {}", application.name),
+            Self::Delete { application } => format!("delete {application}"),
+            Self::StartMigration(start) => format!("move {} to {}", start.slot, start.to),
+            Self::Restore(_) => "restore a backup".to_owned(),
+            Self::CreateToken { name, access, .. } => format!("create token {name} ({access})"),
+            Self::RevokeToken { name } => format!("revoke token {name}"),
+            Self::RevokeCertificate {
+                holder,
+                certificate: Some(certificate),
+            } => format!("revoke certificate {certificate} of {holder}"),
+            Self::RevokeCertificate { holder, .. } => {
+                format!("revoke the certificates of {holder}")
+            }
+            Self::Once(once) => once.command.what(),
+            Self::Signed(signed) => signed.what.clone(),
+            other => {
+                let form = format!("{other:?}");
+                let name = form.split(|c: char| !c.is_alphanumeric()).next();
+                name.unwrap_or_default().to_owned()
+            }
+        }
+    }
 }
 
 /// The feature level of this version: what its leads understand beyond the first one's commands.
@@ -106,7 +162,8 @@ pub enum Command {
 /// |---|---|
 /// | 0 | `InitMesh` to `Tick` |
 /// | 1 | `RaiseLevel`, `Once`, `Restore`, `DrainCluster` |
-pub const LEVEL: u32 = 1;
+/// | 2 | `Signed`, `CreateToken`, `RevokeToken`, `RevokeCertificate` |
+pub const LEVEL: u32 = 2;
 
 /// The decision that a slot runs in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,6 +21,7 @@ pub mod once;
 pub mod placement;
 pub mod plan;
 pub mod report;
+pub mod security;
 pub mod table;
 #[cfg(test)]
 mod world;

@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 
 use control_api::stream::{FromAgent, Hello, ToAgent, Welcome, lead_door_server::LeadDoor};
 use control_core::{
-    base::ClusterState,
+    base::{ClusterState, KnowledgeBase},
     command::{Command, Outcome, Refusal},
     name::Name,
     report::Report,
@@ -34,7 +34,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    authority,
+    authority, claims,
     lead::{Answer, Ask, AskError, Lead},
     tables::{Sent, news},
 };
@@ -262,9 +262,20 @@ async fn report(
 ) -> Result<(), Status> {
     let mut last: Option<(Report, Instant)> = None;
     while newest.changed().await.is_ok() {
-        let Some(report) = newest.borrow_and_update().clone() else {
+        let Some(mut report) = newest.borrow_and_update().clone() else {
             continue;
         };
+        if report.nodes.len() > claims::NODES {
+            return Err(Status::invalid_argument(format!(
+                "{} nodes: a cluster has at most {}",
+                report.nodes.len(),
+                claims::NODES
+            )));
+        }
+        let confined = |base: &KnowledgeBase| claims::confine(base, cluster, &mut report);
+        for claim in lead.replica.read(confined) {
+            tracing::warn!(%cluster, claim, "refused a claim");
+        }
         let known = last
             .as_ref()
             .is_some_and(|(last, at)| *last == report && at.elapsed() < REFRESH);

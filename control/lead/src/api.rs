@@ -2,6 +2,7 @@
 
 mod backup;
 mod leads;
+mod security;
 mod show;
 
 use std::{sync::Arc, time::Duration};
@@ -125,6 +126,12 @@ fn all() -> Routes {
             "/v1/restore",
             backup::restore.layer(DefaultBodyLimit::max(BACKUP)),
         )
+        .get("/v1/tokens", security::tokens)
+        .post("/v1/tokens", security::create_token)
+        .delete("/v1/tokens/{name}", security::revoke_token)
+        .get("/v1/revocations", security::revocations)
+        .post("/v1/revocations", security::revoke)
+        .get("/v1/audit", security::audit)
         .get("/openapi.json", document)
 }
 
@@ -168,7 +175,13 @@ pub(crate) fn listed() -> Vec<(String, &'static str)> {
         leads::add,
         leads::remove,
         leads::drain,
-        leads::drain_any
+        leads::drain_any,
+        security::tokens,
+        security::create_token,
+        security::revoke_token,
+        security::revocations,
+        security::revoke,
+        security::audit
     )
 )]
 struct Description;

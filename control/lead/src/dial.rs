@@ -46,7 +46,19 @@ pub fn dial(
     accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
 ) -> Result<Channel, IdentityError> {
     let tls = credentials.client(&[b"h2"], accept)?;
-    Ok(channel(tls, address))
+    Ok(dial_by(tls, address))
+}
+
+/// A connection to `address`, made when it is first used, by this TLS.
+pub fn dial_by(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {
+    Endpoint::from_shared(format!("https://{address}"))
+        .expect("an address and a scheme are a URI")
+        .connect_timeout(CONNECT)
+        .http2_keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
+        .connect_with_connector_lazy(tower::service_fn(move |_| connect(tls.clone(), address)))
 }
 
 /// Sends `request` and reads the whole answer.
@@ -101,17 +113,6 @@ impl Wire for Connections {
     ) -> Boxed<'_, Result<(StatusCode, Bytes), DialError>> {
         Box::pin(exchange(self.channel(name, address), request))
     }
-}
-
-fn channel(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {
-    Endpoint::from_shared(format!("https://{address}"))
-        .expect("an address and a scheme are a URI")
-        .connect_timeout(CONNECT)
-        .http2_keep_alive_interval(PROBE)
-        .keep_alive_timeout(PROBE)
-        .keep_alive_while_idle(true)
-        .tcp_nodelay(true)
-        .connect_with_connector_lazy(tower::service_fn(move |_| connect(tls.clone(), address)))
 }
 
 fn connect(tls: Arc<ClientConfig>, address: SocketAddr) -> Connecting {

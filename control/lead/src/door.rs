@@ -12,6 +12,7 @@
 pub(crate) mod caller;
 mod peers;
 mod roles;
+pub(crate) mod tokens;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -30,6 +31,7 @@ use hyper_util::{
 use netmanager_api::identity::{Credentials, Guarded, Identity, IdentityError, RevokedList, Shown};
 use rustls::ServerConfig;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
@@ -50,13 +52,21 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 pub(crate) struct Door {
     pub(crate) listener: TcpListener,
     pub(crate) tls: Arc<ServerConfig>,
-    pub(crate) revoked: RevokedList,
+    /// What is revoked; `None` at the door for who shows no certificate.
+    pub(crate) revoked: Option<RevokedList>,
     pub(crate) routes: Router,
 }
 
 /// TLS as the door speaks it.
 pub(crate) fn tls(credentials: &Credentials) -> Result<Arc<ServerConfig>, IdentityError> {
     credentials.server(&[b"h2", b"http/1.1"])
+}
+
+/// TLS for who shows no certificate.
+pub(crate) fn tls_for_tokens(
+    credentials: &Credentials,
+) -> Result<Arc<ServerConfig>, IdentityError> {
+    credentials.server_for_all(&[b"h2", b"http/1.1"])
 }
 
 /// Everything that can be asked here.
@@ -125,7 +135,7 @@ async fn connection(
     acceptor: TlsAcceptor,
     tcp: TcpStream,
     peer: SocketAddr,
-    revoked: RevokedList,
+    revoked: Option<RevokedList>,
     routes: Router,
 ) {
     let _ = tcp.set_nodelay(true);
@@ -134,11 +144,23 @@ async fn connection(
         Ok(Err(error)) => return tracing::warn!(%peer, %error, "refused at the TLS handshake"),
         Err(_) => return tracing::warn!(%peer, "refused: the TLS handshake took too long"),
     };
+    let Some(revoked) = revoked else {
+        let routes = routes.layer(axum::Extension(tokens::Peer(peer)));
+        return speak(stream, peer, routes).await;
+    };
     let Some(shown) = shown(&stream) else {
         return tracing::warn!(%peer, "refused: no certificate with one identity");
     };
     let routes = routes.layer(axum::Extension(shown.identity.clone()));
     let stream = Guarded::new(stream, Arc::new(shown), revoked);
+    speak(stream, peer, routes).await;
+}
+
+/// HTTP on a connection, until it ends.
+async fn speak<S>(stream: S, peer: SocketAddr, routes: Router)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http2()

@@ -15,6 +15,7 @@ mod agents;
 mod api;
 pub mod authority;
 mod board;
+mod claims;
 mod contact;
 mod control;
 pub mod dial;
@@ -26,6 +27,7 @@ mod once;
 mod problem;
 mod raft;
 mod replica;
+mod revoked;
 mod running;
 mod tables;
 mod world;
@@ -62,6 +64,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Where the others find its door; as `listen` unless it is said.
     pub advertise: Option<SocketAddr>,
+    /// Where it takes tokens for the control API; `None`: nowhere.
+    pub tokens: Option<SocketAddr>,
     /// The mesh file; only used by the first command of the log.
     pub mesh: Option<PathBuf>,
     /// Every lead of the group, this one among them; only used on the first start of a new group.
@@ -151,22 +155,35 @@ pub enum LeadError {
 /// # Errors
 /// When something it needs is missing or wrong (nothing runs then), or when the disk fails later.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), LeadError> {
-    let listener = TcpListener::bind(options.listen)
-        .await
-        .map_err(|source| LeadError::Listen {
-            address: options.listen,
-            source,
-        })?;
-    serve(options, listener, shutdown).await
+    let door = listen(options.listen).await?;
+    let tokens = match options.tokens {
+        Some(address) => Some(listen(address).await?),
+        None => None,
+    };
+    serve(options, Listeners { door, tokens }, shutdown).await
 }
 
-/// Runs a lead on a socket that listens already.
+async fn listen(address: SocketAddr) -> Result<TcpListener, LeadError> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|source| LeadError::Listen { address, source })
+}
+
+/// Sockets that listen already.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For users, agents and leads, by their certificates.
+    pub door: TcpListener,
+    /// For users by tokens.
+    pub tokens: Option<TcpListener>,
+}
+
+/// Runs a lead on sockets that listen already.
 ///
 /// # Errors
 /// As [`run`].
 pub async fn serve(
     options: Options,
-    listener: TcpListener,
+    listeners: Listeners,
     shutdown: CancellationToken,
 ) -> Result<(), LeadError> {
     let bad_credentials = |source| LeadError::Credentials {
@@ -176,6 +193,7 @@ pub async fn serve(
     let credentials = Credentials::load(&options.credentials).map_err(bad_credentials)?;
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
+    let tls_for_tokens = door::tls_for_tokens(&credentials).map_err(bad_credentials)?;
     let revoked = credentials.revoked();
     let world = World {
         storage: Arc::new(Folder(options.data)),
@@ -198,13 +216,23 @@ pub async fn serve(
         () = shutdown.cancelled() => return Ok(()),
     };
     tracing::info!(name = options.name, listen = %options.listen, "lead started");
+    running.follow_revocations(revoked.clone());
     let door = Door {
-        listener,
+        listener: listeners.door,
         tls,
-        revoked,
+        revoked: Some(revoked),
         routes: running.routes(),
     };
-    running.tasks.spawn(door.serve(shutdown));
+    running.tasks.spawn(door.serve(shutdown.clone()));
+    if let Some(listener) = listeners.tokens {
+        let door = Door {
+            listener,
+            tls: tls_for_tokens,
+            revoked: None,
+            routes: running.token_routes(),
+        };
+        running.tasks.spawn(door.serve(shutdown));
+    }
     running.run().await
 }
 

@@ -9,6 +9,7 @@ use axum::{extract::FromRequestParts, http::request::Parts};
 use control_core::{
     command::{Command, Outcome},
     once::{Digest, Once, digest},
+    security::Signed,
 };
 
 use crate::{door::caller::Caller, lead::Lead, problem::Refusal};
@@ -19,6 +20,38 @@ pub(crate) const HEADER: &str = "idempotency-key";
 const LONGEST: usize = 64;
 /// The feature level that knows commands with a key.
 const LEVEL: u32 = 1;
+/// The feature level that knows who asked.
+pub(crate) const SIGNED: u32 = 2;
+
+/// `command`, with who asked for it; as it is while some lead does not know that.
+pub(crate) fn sign(lead: &Lead, by: &str, command: Command) -> Command {
+    let what = command.what();
+    tracing::info!(by, what, "a change is asked for");
+    if lead.replica.read(|base| base.level) < SIGNED {
+        return command;
+    }
+    Command::Signed(Box::new(Signed {
+        by: by.to_owned(),
+        what,
+        command,
+    }))
+}
+
+/// Notes what somebody did outside the Knowledge Base. It is done already: that it is not noted is no refusal.
+pub(crate) async fn note(lead: &Lead, by: &str, what: String) {
+    tracing::info!(by, what, "a change was made");
+    if lead.replica.read(|base| base.level) < SIGNED {
+        return;
+    }
+    let signed = Signed {
+        by: by.to_owned(),
+        what,
+        command: Command::Tick,
+    };
+    if let Err(error) = lead.propose(vec![Command::Signed(Box::new(signed))]).await {
+        tracing::warn!(by, %error, "a change is not in the audit log");
+    }
+}
 
 /// Who asked for what, and with which key.
 pub(crate) struct Key {
@@ -65,6 +98,7 @@ impl Key {
                 Some(key) => format!("{}/{key}", self.user),
                 None => own(),
             },
+            by: self.user,
             is_chosen: self.chosen.is_some(),
             body: digest(&[self.place.as_bytes(), body]),
         }
@@ -94,6 +128,7 @@ impl Keys {
 
 /// A request that changes something.
 pub(crate) struct Request {
+    by: String,
     key: String,
     is_chosen: bool,
     body: Digest,
@@ -138,7 +173,7 @@ impl Request {
                 key: self.key.clone(),
                 body: self.body,
                 part,
-                command,
+                command: sign(lead, &self.by, command),
             }))
         };
         Ok((0..).zip(commands).map(once).collect())

@@ -81,12 +81,18 @@ impl Refusal {
         let place = place.unwrap_or_default();
         let error = format!("{caller} may not do this{place}: it takes access {takes}");
         Self::new(StatusCode::FORBIDDEN, error)
-            .hint("ask an admin for a certificate (weft cert --role user --access ...)")
+            .hint("ask an admin for a certificate (weft cert --role user --access ...) or a token (weft token create)")
     }
 
     /// Nobody may ask for this.
     pub(crate) fn nobody() -> Self {
         Self::new(StatusCode::FORBIDDEN, "this opens for nobody")
+    }
+
+    /// Nobody is known to ask.
+    pub(crate) fn token(why: &str) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, why)
+            .hint("this door takes a header Authorization: Bearer NAME.SECRET (weft token create)")
     }
 
     /// Not every lead knows this yet.
@@ -258,6 +264,7 @@ mod tests {
             Refusal::role(&identity, "user"),
             Refusal::access(&caller, Some("shop"), "deployer/shop or admin"),
             Refusal::nobody(),
+            Refusal::token("no token was shown"),
             Refusal::missing("service", "a/b/c", "see weft get services"),
             Refusal::no_path("/v2"),
             Refusal::method("PUT", "/v1/nodes"),

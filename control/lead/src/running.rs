@@ -9,6 +9,7 @@ use std::{
 
 use axum::Router;
 use control_core::base::{KnowledgeBase, Mesh};
+use netmanager_api::identity::RevokedList;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -23,6 +24,7 @@ use crate::{
     once::Keys,
     raft::{self, Compaction, Join, Started, Timers, network::Network, propose::Proposer},
     replica::Replica,
+    revoked,
     world::World,
 };
 
@@ -123,6 +125,18 @@ impl Running {
             shutdown: self.shutdown.clone(),
         };
         door::routes(&self.lead, agents)
+    }
+
+    /// What can be asked of it by who shows a token.
+    pub(crate) fn token_routes(&self) -> Router {
+        door::tokens::routes(&self.lead)
+    }
+
+    /// Keeps `list` what the leads have revoked.
+    pub(crate) fn follow_revocations(&self, list: RevokedList) {
+        revoked::show(&self.lead.replica, &list);
+        let following = revoked::follow(self.lead.clone(), list);
+        self.tasks.spawn(until(self.shutdown.clone(), following));
     }
 
     /// Reads its Knowledge Base as far as it has applied the log.

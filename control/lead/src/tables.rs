@@ -17,6 +17,8 @@ use control_core::{
 };
 use netmanager_api::{conditions::Concern, table as wire};
 
+use crate::revoked;
+
 /// What one stream was sent last.
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
@@ -47,10 +49,11 @@ pub(crate) fn news(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Vec
 
 fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Option<Assignments> {
     let list = assignment::project(base, cluster);
+    let revoked = revoked::concerning(base, cluster);
     if sent
         .assignments
         .as_ref()
-        .is_some_and(|last| last.list == list)
+        .is_some_and(|last| (&last.list, &last.revoked) == (&list, &revoked))
     {
         return None;
     }
@@ -58,6 +61,7 @@ fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Opt
     let assignments = Assignments {
         revision: (incarnation, base.index),
         list,
+        revoked,
     };
     sent.assignments = Some(assignments.clone());
     Some(assignments)

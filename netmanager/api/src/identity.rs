@@ -282,7 +282,7 @@ impl Credentials {
             .build()
             .map_err(|error| IdentityError::Authority(error.to_string()))?;
         let mesh = self.identity.mesh.clone();
-        let verifier = ClientCheck::new(verifier, mesh, self.revoked.clone());
+        let verifier = ClientCheck::new(verifier, Some(mesh), self.revoked.clone());
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
@@ -291,6 +291,21 @@ impl Credentials {
             .map_err(IdentityError::Tls)?;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(config))
+    }
+
+    /// TLS for a door whose callers show no certificate: who they are is the door's to find out.
+    ///
+    /// # Errors
+    /// When the key and the certificates do not belong together.
+    pub fn server_for_all(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, IdentityError> {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(IdentityError::Tls)?
+            .with_no_client_auth()
+            .with_single_cert(self.chain.clone(), self.key.clone_key())
+            .map_err(IdentityError::Tls)?;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -308,7 +323,7 @@ impl Credentials {
             .build()
             .map_err(|error| IdentityError::Authority(error.to_string()))?;
         let mesh = self.identity.mesh.clone();
-        let verifier = ServerCheck::new(chain, mesh, self.revoked.clone(), Box::new(accept));
+        let verifier = ServerCheck::new(chain, Some(mesh), self.revoked.clone(), Box::new(accept));
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
@@ -320,6 +335,43 @@ impl Credentials {
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
+}
+
+/// TLS for knocking, without a certificate, at a door of the mesh whose CA is in the file `ca`, and whose holder must
+/// satisfy `accept`.
+///
+/// # Errors
+/// When the file is no CA's certificate.
+pub fn client_without_certificate(
+    ca: &Path,
+    alpn: &[&[u8]],
+    accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
+) -> Result<Arc<ClientConfig>, IdentityError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(ca)? {
+        roots.add(certificate).map_err(IdentityError::Tls)?;
+    }
+    let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .map_err(|error| IdentityError::Authority(error.to_string()))?;
+    let verifier = ServerCheck::new(chain, None, RevokedList::default(), Box::new(accept));
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(IdentityError::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
+/// Reads a file with a secret, which only its owner may read.
+///
+/// # Errors
+/// When others may read it.
+pub fn check_secret_mode(path: &Path) -> Result<(), IdentityError> {
+    check_key_mode(path)
 }
 
 /// The name that every certificate of a mesh carries and every client asks for; the role is what is checked.

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use control_api::stream::{Assignments, ToAgent};
 use netmanager_api::identity::SERVER_NAME;
 use rustls::{
     ClientConfig, RootCertStore,
@@ -22,7 +23,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     Running,
     authority::Authority,
-    fake::{DEADLINE, FakeDriver, FakeNode, hello, soon},
+    fake::{DEADLINE, FakeDriver, FakeLead, FakeNode, hello, soon},
 };
 
 /// What this process logged so far, of all tests.
@@ -190,5 +191,48 @@ async fn only_nodes_of_this_cluster_come_in_and_speak_for_themselves() {
     }
     let good = authority.issue("node/edge/n1");
     assert!(FakeNode::dial(agent.door, &good, hello("n1")).await.is_ok());
+    agent.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_the_leads_revoked_is_cut_off_also_after_a_restart_without_leads() {
+    Log::start();
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
+    let (leads, state) = (vec![lead.address], Some(authority.state()));
+    let driver = FakeDriver::new();
+    let agent = Running::start(&authority, leads, state.clone(), driver.clone()).await;
+    let stream = lead.stream().await;
+    stream.welcome(1, Duration::from_secs(60)).await;
+    let credentials = authority.issue("node/edge/n1");
+    let mut node = FakeNode::dial(agent.door, &credentials, hello("n1"))
+        .await
+        .unwrap();
+    let mut assignments = Assignments {
+        revision: (0, 1),
+        ..Assignments::default()
+    };
+    let holders = &mut assignments.revoked.holders;
+    holders.insert("weft://m/node/edge/n1".to_owned(), u64::MAX);
+    stream.say(ToAgent::Assignments(assignments)).await;
+    soon("the node to be cut off", async {
+        while node.table().await.is_some() {}
+    })
+    .await;
+    Log::says(&["a connection ends", "weft://m/node/edge/n1", "revoked"]).await;
+    let refused = FakeNode::dial(agent.door, &credentials, hello("n1")).await;
+    assert!(refused.is_err());
+    Log::says(&["refused a certificate", "weft://m/node/edge/n1", "Revoked"]).await;
+    let other = authority.issue("node/edge/n2");
+    assert!(
+        FakeNode::dial(agent.door, &other, hello("n2"))
+            .await
+            .is_ok()
+    );
+    agent.end().await;
+    lead.die(stream).await;
+    let agent = Running::start(&authority, nobody(), state, driver).await;
+    let refused = FakeNode::dial(agent.door, &credentials, hello("n1")).await;
+    assert!(refused.is_err(), "after a restart");
     agent.end().await;
 }

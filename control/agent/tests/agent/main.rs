@@ -20,6 +20,7 @@ use control_core::{
 };
 use netmanager_api::{
     conditions::{Conditions, Coordinate, NodePlace},
+    identity::Revoked,
     stream::{Endpoint, FromNode, InstanceRef, Measured},
     table::{Mesh, Node, Peer, Revision, Table},
 };
@@ -123,6 +124,7 @@ fn orders<const N: usize>(index: u64, list: [(InstanceId, Want); N]) -> ToAgent 
     ToAgent::Assignments(Assignments {
         revision: (0, index),
         list: list.into_iter().map(order).collect(),
+        revoked: Revoked::default(),
     })
 }
 

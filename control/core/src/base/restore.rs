@@ -44,6 +44,7 @@ impl KnowledgeBase {
         new.next_epoch = self.next_epoch.max(backup.next_epoch.min(LAST));
         new.level = self.level;
         new.memory = std::mem::take(&mut self.memory);
+        new.security = std::mem::take(&mut self.security).after(&backup.security);
         let incarnation = |kb: &Self| kb.mesh.as_ref().map_or(0, |mesh| mesh.incarnation);
         let (now, then) = (incarnation(self), incarnation(backup));
         if let Some(mesh) = &mut new.mesh {

@@ -13,7 +13,7 @@ use control_core::{
 };
 
 use super::{Answer, FOLLOW, Shared};
-use crate::problem::Refusal;
+use crate::{door::caller::Asking, once::sign, problem::Refusal};
 
 /// The feature level that knows a restore.
 const LEVEL: u32 = 1;
@@ -34,7 +34,7 @@ pub(super) async fn backup(State(lead): Shared) -> Result<Response, Refusal> {
     request_body(content = String, content_type = "application/x-weft-backup"),
     responses((status = 200, body = Restored), (status = 400, body = Problem),
         (status = 409, body = Problem), (status = 503, body = Problem)))]
-pub(super) async fn restore(State(lead): Shared, body: String) -> Answer<Restored> {
+pub(super) async fn restore(State(lead): Shared, asking: Asking, body: String) -> Answer<Restored> {
     let (header, base) =
         backup::read(&body).map_err(|error| Refusal::field("backup", "", error))?;
     lead.catch_up().await?;
@@ -43,7 +43,8 @@ pub(super) async fn restore(State(lead): Shared, body: String) -> Answer<Restore
         return Err(Refusal::level("a restore", LEVEL, level));
     }
     tracing::warn!(index = header.index, "restoring a backup");
-    let done = lead.propose(vec![Command::Restore(Box::new(base))]).await?;
+    let command = sign(&lead, &asking.caller.name, Command::Restore(Box::new(base)));
+    let done = lead.propose(vec![command]).await?;
     let refused = done.outcomes.into_iter().find_map(Outcome::err);
     if let Some(refusal) = refused {
         return Err(refusal.into());

@@ -9,7 +9,9 @@ use netmanager_api::identity::is_label;
 
 use super::{Answer, Freshness, Read, Shared, bad_query};
 use crate::{
+    door::caller::Asking,
     lead::{self, Ask, AskError, Lead},
+    once::note,
     problem::Refusal,
     raft::members::Seat,
 };
@@ -71,6 +73,7 @@ pub(super) async fn list(State(lead): Shared, query: Read) -> Answer<List<Shown>
         (status = 404, body = Problem), (status = 409, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn add(
     State(lead): Shared,
+    asking: Asking,
     request: Result<Json<LeadRequest>, JsonRejection>,
 ) -> Answer<LeadAdded> {
     let Json(request) = request.map_err(|error| Refusal::field("body", "", error.body_text()))?;
@@ -83,6 +86,10 @@ pub(super) async fn add(
         let rule = "the other leads cannot reach it there: name an address and a port";
         return Err(Refusal::field("address", &address.to_string(), rule));
     }
+    let what = match &request.replaces {
+        None => format!("add lead {} at {address}", request.name),
+        Some(old) => format!("replace lead {old} with {} at {address}", request.name),
+    };
     let ask = Ask::Admit {
         name: request.name,
         address,
@@ -92,6 +99,7 @@ pub(super) async fn add(
         lead::Answer::Seat(Some(seat)) => seat,
         other => return Err(unexpected(other)),
     };
+    note(&lead, &asking.caller.name, what).await;
     Ok(Json(LeadAdded {
         name: member.name,
         id,
@@ -113,8 +121,14 @@ fn join(lead: &Lead, leaving: u64, own: u64) -> Vec<String> {
 #[utoipa::path(delete, path = "/v1/leads/{name}", params(("name" = String, Path)),
     responses((status = 200, body = Changed), (status = 404, body = Problem),
         (status = 409, body = Problem), (status = 503, body = Problem)))]
-pub(super) async fn remove(State(lead): Shared, Path(name): Path<String>) -> Answer<Changed> {
+pub(super) async fn remove(
+    State(lead): Shared,
+    asking: Asking,
+    Path(name): Path<String>,
+) -> Answer<Changed> {
+    let what = format!("remove lead {name}");
     lead.ask(Ask::Dismiss { name }).await?;
+    note(&lead, &asking.caller.name, what).await;
     Ok(Json(Changed {
         changed: true,
         index: lead.replica.applied(),
@@ -125,20 +139,27 @@ pub(super) async fn remove(State(lead): Shared, Path(name): Path<String>) -> Ans
 #[utoipa::path(post, path = "/v1/leads/{name}/drain", params(("name" = String, Path)),
     responses((status = 200, body = Drained), (status = 404, body = Problem),
         (status = 409, body = Problem), (status = 503, body = Problem)))]
-pub(super) async fn drain(State(lead): Shared, Path(name): Path<String>) -> Answer<Drained> {
-    hand_over(&lead, Some(name)).await
+pub(super) async fn drain(
+    State(lead): Shared,
+    asking: Asking,
+    Path(name): Path<String>,
+) -> Answer<Drained> {
+    hand_over(&lead, &asking, Some(name)).await
 }
 
 /// Lets another lead than whoever does.
 #[utoipa::path(post, path = "/v1/leads/drain",
     responses((status = 200, body = Drained), (status = 409, body = Problem), (status = 503, body = Problem)))]
-pub(super) async fn drain_any(State(lead): Shared) -> Answer<Drained> {
-    hand_over(&lead, None).await
+pub(super) async fn drain_any(State(lead): Shared, asking: Asking) -> Answer<Drained> {
+    hand_over(&lead, &asking, None).await
 }
 
-async fn hand_over(lead: &Lead, name: Option<String>) -> Answer<Drained> {
+async fn hand_over(lead: &Lead, asking: &Asking, name: Option<String>) -> Answer<Drained> {
     match lead.ask(Ask::HandOver { name }).await? {
-        lead::Answer::Leader(leader) => Ok(Json(Drained { leader })),
+        lead::Answer::Leader(leader) => {
+            note(lead, &asking.caller.name, format!("let lead {leader} lead")).await;
+            Ok(Json(Drained { leader }))
+        }
         other => Err(unexpected(other)),
     }
 }

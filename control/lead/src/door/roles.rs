@@ -60,9 +60,17 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
         ) => Some(Takes::Reading),
         ("POST", "/v1/applications" | "/v1/migrations")
         | ("DELETE", "/v1/applications/{namespace}/{name}") => Some(Takes::Deploying),
-        ("GET", "/v1/backup")
-        | ("POST", "/v1/restore" | "/v1/leads" | "/v1/leads/drain" | "/v1/leads/{name}/drain")
-        | ("DELETE", "/v1/leads/{name}") => Some(Takes::Administration),
+        ("GET", "/v1/backup" | "/v1/tokens" | "/v1/revocations" | "/v1/audit")
+        | (
+            "POST",
+            "/v1/restore"
+            | "/v1/leads"
+            | "/v1/leads/drain"
+            | "/v1/leads/{name}/drain"
+            | "/v1/tokens"
+            | "/v1/revocations",
+        )
+        | ("DELETE", "/v1/leads/{name}" | "/v1/tokens/{name}") => Some(Takes::Administration),
         _ => None,
     }
 }
@@ -178,6 +186,12 @@ mod tests {
         ("POST", "/v1/leads/{name}/drain", ADMINS),
         ("GET", "/v1/backup", ADMINS),
         ("POST", "/v1/restore", ADMINS),
+        ("GET", "/v1/tokens", ADMINS),
+        ("POST", "/v1/tokens", ADMINS),
+        ("DELETE", "/v1/tokens/{name}", ADMINS),
+        ("GET", "/v1/revocations", ADMINS),
+        ("POST", "/v1/revocations", ADMINS),
+        ("GET", "/v1/audit", ADMINS),
     ];
 
     #[test]

@@ -1,6 +1,6 @@
 //! Agents' streams on a group of leads.
 
-use std::{collections::BTreeMap, net::Ipv6Addr};
+use std::{collections::BTreeMap, net::Ipv6Addr, time::Duration};
 
 use control_api::{
     http::{Binding, Cluster, List},
@@ -78,17 +78,17 @@ fn running(id: &InstanceId) -> InstanceReport {
 }
 
 /// The agent's side of a stream.
-struct TestAgent {
+pub(crate) struct TestAgent {
     outbound: mpsc::Sender<FromAgent>,
     inbound: Streaming<ToAgent>,
     tables: BTreeMap<String, Table>,
-    assignments: Assignments,
+    pub(crate) assignments: Assignments,
     renewed: u64,
     conditions: Conditions,
 }
 
 impl TestAgent {
-    async fn follow(
+    pub(crate) async fn follow(
         mesh: &TestMesh,
         lead: &str,
         cluster: &str,
@@ -128,7 +128,7 @@ impl TestAgent {
     }
 
     /// Hears messages until `enough`; panics after the limit.
-    async fn hear(&mut self, what: &str, mut enough: impl FnMut(&Self) -> bool) {
+    pub(crate) async fn hear(&mut self, what: &str, mut enough: impl FnMut(&Self) -> bool) {
         while !enough(self) {
             let message = timeout(LIMIT, self.inbound.message()).await;
             let message = message.unwrap_or_else(|_| panic!("waited for {what}"));
@@ -140,6 +140,12 @@ impl TestAgent {
                 ToAgent::Conditions(conditions) => self.conditions = conditions,
             }
         }
+    }
+
+    /// Whether the lead ended the stream; hears messages for a moment.
+    pub(crate) async fn has_ended(&mut self) -> bool {
+        let message = timeout(Duration::from_millis(100), self.inbound.message());
+        matches!(message.await, Ok(Err(_) | Ok(None)))
     }
 
     /// What the cluster must run.

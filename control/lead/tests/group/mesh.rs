@@ -16,9 +16,9 @@ use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use weft_lead::{
-    LeadError, Options, Recovery, Survivor, Timers,
+    LeadError, Listeners, Options, Recovery, Survivor, Timers,
     authority::{self, Wish},
-    dial::{dial, exchange},
+    dial::{DialError, dial, exchange},
 };
 
 use crate::relay::Relay;
@@ -52,6 +52,8 @@ pub(crate) struct TestMesh {
     /// Where the others are told that they are: behind a relay that can be cut.
     advertised: BTreeMap<String, SocketAddr>,
     relays: BTreeMap<String, Relay>,
+    /// Where their doors for tokens are.
+    tokens: BTreeMap<String, SocketAddr>,
     /// The leads that formed the group.
     first: BTreeMap<String, SocketAddr>,
     /// Those that joined later.
@@ -120,6 +122,7 @@ impl TestMesh {
             advertised,
             addresses,
             relays,
+            tokens: BTreeMap::new(),
             joining: BTreeSet::new(),
             running: BTreeMap::new(),
         };
@@ -176,6 +179,7 @@ impl TestMesh {
             credentials: self.dir.path().join(format!("lead-{name}")),
             listen: self.addresses[name],
             advertise: Some(self.advertised[name]),
+            tokens: None,
             mesh: Some(self.dir.path().join("ca/mesh.json")),
             peers: match self.joining.contains(name) {
                 true => BTreeMap::new(),
@@ -188,7 +192,15 @@ impl TestMesh {
             lease: Duration::from_secs(2),
             timers: Timers::default(),
         };
-        let serving = weft_lead::serve(options, listener, shutdown.clone());
+        let tokens = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        tokens.set_nonblocking(true).unwrap();
+        let address = tokens.local_addr().unwrap();
+        self.tokens.insert(name.to_owned(), address);
+        let listeners = Listeners {
+            door: listener,
+            tokens: Some(TcpListener::from_std(tokens).unwrap()),
+        };
+        let serving = weft_lead::serve(options, listeners, shutdown.clone());
         let own = name.to_owned();
         let task = tokio::spawn(async move {
             let ended = serving.await;
@@ -210,6 +222,22 @@ impl TestMesh {
     /// Where a lead's door is.
     pub(crate) fn address(&self, name: &str) -> SocketAddr {
         self.addresses[name]
+    }
+
+    /// Where a lead takes tokens.
+    pub(crate) fn token_address(&self, name: &str) -> SocketAddr {
+        self.tokens[name]
+    }
+
+    /// Asks by a connection, with headers.
+    pub(crate) async fn request_with(
+        &self,
+        channel: Channel,
+        (method, path): (&str, &str),
+        body: &str,
+        headers: &[(&str, String)],
+    ) -> (StatusCode, String) {
+        send(channel, (method, path), body, headers).await.unwrap()
     }
 
     /// Whether the other leads reach `name`; it reaches them all the while.
@@ -348,14 +376,36 @@ async fn request(
     body: &str,
     key: Option<&str>,
 ) -> (StatusCode, String) {
+    let key = key.map(|key| ("idempotency-key", key.to_owned()));
+    send(channel, (method, path), body, key.as_slice())
+        .await
+        .unwrap()
+}
+
+/// Asks by a connection that may be refused; the status.
+pub(crate) async fn request_by(
+    channel: Channel,
+    method: &str,
+    path: &str,
+) -> Result<u16, DialError> {
+    let (status, _) = send(channel, (method, path), "", &[]).await?;
+    Ok(status.as_u16())
+}
+
+async fn send(
+    channel: Channel,
+    (method, path): (&str, &str),
+    body: &str,
+    headers: &[(&str, String)],
+) -> Result<(StatusCode, String), DialError> {
     let mut request = Request::builder()
         .method(Method::from_bytes(method.as_bytes()).unwrap())
         .uri(path)
         .header("content-type", "application/json");
-    if let Some(key) = key {
-        request = request.header("idempotency-key", key);
+    for (name, value) in headers {
+        request = request.header(*name, value);
     }
     let request = request.body(Bytes::from(body.to_owned())).unwrap();
-    let (status, body) = exchange(channel, request).await.unwrap();
-    (status, String::from_utf8(body.to_vec()).unwrap())
+    let (status, body) = exchange(channel, request).await?;
+    Ok((status, String::from_utf8(body.to_vec()).unwrap()))
 }

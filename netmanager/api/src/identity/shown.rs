@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -48,6 +49,15 @@ impl Shown {
             issued_ms: ms(validity.not_before.timestamp().saturating_add(backdated)),
             expires_ms: ms(validity.not_after.timestamp()),
         })
+    }
+
+    /// Reads the first certificate in a file, PEM.
+    ///
+    /// # Errors
+    /// As [`Shown::of_certificate`], and when the file cannot be read.
+    pub fn of_file(path: &Path) -> Result<Self, IdentityError> {
+        let chain = super::certificates(path)?;
+        Self::of_certificate(chain.first().ok_or(IdentityError::Count(0))?)
     }
 
     /// Whether it has expired.

@@ -23,7 +23,8 @@ use super::{RevokedList, Role, Shown};
 
 /// What is checked after the chain.
 struct Check {
-    mesh: String,
+    /// `None`: whichever the CA is of.
+    mesh: Option<String>,
     revoked: RevokedList,
 }
 
@@ -32,8 +33,10 @@ impl Check {
         let shown = Shown::of_certificate(certificate)
             .map_err(|error| Error::General(error.to_string()))?;
         let identity = &shown.identity;
-        if identity.mesh != self.mesh {
-            let (own, other) = (&self.mesh, &identity.mesh);
+        if let Some(own) = &self.mesh
+            && identity.mesh != *own
+        {
+            let other = &identity.mesh;
             let error = format!("{identity} is of mesh {other:?}, this is {own:?}");
             return Err(Error::General(error));
         }
@@ -61,7 +64,7 @@ pub(super) struct ClientCheck {
 impl ClientCheck {
     pub(super) fn new(
         chain: Arc<dyn ClientCertVerifier>,
-        mesh: String,
+        mesh: Option<String>,
         revoked: RevokedList,
     ) -> Self {
         Self {
@@ -136,7 +139,7 @@ pub(super) struct ServerCheck {
 impl ServerCheck {
     pub(super) fn new(
         chain: Arc<WebPkiServerVerifier>,
-        mesh: String,
+        mesh: Option<String>,
         revoked: RevokedList,
         accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
     ) -> Self {
