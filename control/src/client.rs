@@ -88,6 +88,11 @@ impl<'a> Ask<'a> {
     }
 }
 
+/// A lead's refusal: what was asked for was not done.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refused(String);
+
 impl Leads {
     /// Asks the leads in turn and reads the answer of the first that gives one.
     pub(crate) fn ask<T: DeserializeOwned>(&self, ask: &Ask<'_>) -> anyhow::Result<T> {
@@ -136,6 +141,9 @@ impl Leads {
                 Ok((status, body)) if status.is_success() => return Ok(body),
                 Ok((StatusCode::SERVICE_UNAVAILABLE, body)) => {
                     write!(failures, "\n  lead {lead}: {}", problem(&body))?;
+                }
+                Ok((status, body)) if status.is_client_error() => {
+                    return Err(Refused(problem(&body)).into());
                 }
                 Ok((_, body)) => bail!("{}", problem(&body)),
                 Err(error) => write!(failures, "\n  lead {lead}: {error:#}")?,

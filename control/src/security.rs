@@ -16,7 +16,11 @@ use control_api::http::{
 use netmanager_api::identity::{Access, Shown as Certificate, fingerprint};
 use weft_lead::authority;
 
-use crate::{client::Ask, show, user::Common};
+use crate::{
+    client::{Ask, Refused},
+    show,
+    user::Common,
+};
 
 /// Bytes of a token's secret.
 const SECRET: usize = 32;
@@ -90,9 +94,16 @@ impl Create {
             let (name, access, days) = (&self.name, &self.access, self.days);
             format!("token {name} ({access}, {days} days) is in {out}")
         };
-        self.common.answer(&ask, text).inspect_err(|_| {
-            // It is no token; that it stays is no harm.
-            let _ = std::fs::remove_file(&self.out);
+        self.common.answer(&ask, text).map_err(|error| {
+            if error.is::<Refused>() {
+                // It is no token; that the file stays is no harm.
+                let _ = std::fs::remove_file(&self.out);
+                return error;
+            }
+            error.context(format!(
+                "whether token {} counts is not known (weft token list says); it is in {out}",
+                self.name
+            ))
         })
     }
 }

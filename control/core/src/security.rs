@@ -28,6 +28,10 @@ const REVOCATIONS: usize = 10_000;
 const TEXT: usize = 256;
 /// The characters of a SHA-256.
 const HASH: usize = 64;
+/// The longest access, bytes: `deployer` and 16 labels of 63 characters take 1,032.
+const ACCESS: usize = 1_100;
+/// The longest holder of a certificate, bytes: three labels of 63 characters and what stands between them take 203.
+const HOLDER: usize = 256;
 
 /// See the module.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,7 +127,11 @@ fn invalid(path: &str, problem: String) -> Refusal {
     }
 }
 
-fn check_hash(path: &str, hash: &str) -> Result<(), Refusal> {
+/// Refuses what is no SHA-256 in hexadecimal digits; `path` is the field that it stands in.
+///
+/// # Errors
+/// With that field.
+pub fn check_hash(path: &str, hash: &str) -> Result<(), Refusal> {
     let is_hash = hash.len() == HASH
         && hash
             .bytes()
@@ -131,8 +139,20 @@ fn check_hash(path: &str, hash: &str) -> Result<(), Refusal> {
     if is_hash {
         Ok(())
     } else {
+        let hash = short(hash);
         let problem = format!("{hash:?} is no SHA-256: write {HASH} of 0-9 and a-f");
         Err(invalid(path, problem))
+    }
+}
+
+/// Refuses a text that is read again and therefore must not be cut.
+fn check_length(path: &str, text: &str, most: usize) -> Result<(), Refusal> {
+    match text.len() {
+        length if length > most => {
+            let problem = format!("it has {length} bytes, the most are {most}");
+            Err(invalid(path, problem))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -171,6 +191,7 @@ impl KnowledgeBase {
         lasts_ms: u64,
     ) -> Outcome {
         check_hash("hash", hash)?;
+        check_length("access", access, ACCESS)?;
         let (now, tokens) = (self.log_time_ms, &mut self.security.tokens);
         tokens.retain(|_, token| token.expires_ms > now);
         match tokens.get(name) {
@@ -191,7 +212,7 @@ impl KnowledgeBase {
         }
         let token = Token {
             hash: hash.to_owned(),
-            access: short(access),
+            access: access.to_owned(),
             created_ms: now,
             expires_ms: now.saturating_add(lasts_ms),
         };
@@ -211,6 +232,7 @@ impl KnowledgeBase {
         holder: &str,
         certificate: Option<&String>,
     ) -> Outcome {
+        check_length("holder", holder, HOLDER)?;
         if let Some(certificate) = certificate {
             check_hash("certificate", certificate)?;
         }
@@ -228,10 +250,10 @@ impl KnowledgeBase {
         let before = match certificate {
             Some(certificate) => {
                 let certificate = certificate.clone();
-                let before = security.certificates.insert(certificate, short(holder));
+                let before = security.certificates.insert(certificate, holder.to_owned());
                 before.map(|_| self.log_time_ms)
             }
-            None => security.holders.insert(short(holder), self.log_time_ms),
+            None => security.holders.insert(holder.to_owned(), self.log_time_ms),
         };
         if before == Some(self.log_time_ms) {
             Ok(Applied::Unchanged)
@@ -317,6 +339,36 @@ mod tests {
             matches!(no_hash, Err(Refusal::Invalid { .. })),
             "{no_hash:?}"
         );
+    }
+
+    #[test]
+    fn what_is_read_again_is_kept_whole_or_refused() {
+        let mut base = base();
+        let create = |access: String| Command::CreateToken {
+            name: "ci".parse().unwrap(),
+            hash: "a".repeat(HASH),
+            access,
+            lasts_ms: 50,
+        };
+        let labels = (0..16).map(|n| format!("/{}{n:02}", "n".repeat(61)));
+        let longest = format!("deployer{}", labels.collect::<String>());
+        apply(&mut base, 1_000, create(longest.clone())).unwrap();
+        let token = &base.security.tokens[&"ci".parse::<Name>().unwrap()];
+        assert_eq!(token.access, longest);
+        let again = apply(&mut base, 1_001, create(longest));
+        assert_eq!(again, Ok(Applied::Unchanged));
+        let longer = create(format!("deployer/{}", "n".repeat(ACCESS)));
+        let holder = Command::RevokeCertificate {
+            holder: "n".repeat(HOLDER + 1),
+            certificate: None,
+        };
+        for too_long in [longer, holder] {
+            let refused = apply(&mut base, 1_060, too_long);
+            assert!(
+                matches!(refused, Err(Refusal::Invalid { .. })),
+                "{refused:?}"
+            );
+        }
     }
 
     #[test]

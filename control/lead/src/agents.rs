@@ -45,6 +45,8 @@ const HELLO: Duration = Duration::from_secs(10);
 const QUEUE: usize = 16;
 /// A report that says the same is logged again after this, so that it does not look stale.
 const REFRESH: Duration = Duration::from_secs(8);
+/// How many refused claims of one report are named in the log.
+const CLAIMS: usize = 10;
 /// Changes within this time are sent together.
 const COALESCE: Duration = Duration::from_millis(20);
 /// Sessions are random numbers below 2^53, so that every JSON reader keeps them exact.
@@ -262,9 +264,16 @@ async fn report(
 ) -> Result<(), Status> {
     let mut last: Option<(Report, Instant)> = None;
     while newest.changed().await.is_ok() {
-        let Some(mut report) = newest.borrow_and_update().clone() else {
+        let Some(said) = newest.borrow_and_update().clone() else {
             continue;
         };
+        let known = last
+            .as_ref()
+            .is_some_and(|(last, at)| *last == said && at.elapsed() < REFRESH);
+        if known {
+            continue;
+        }
+        let mut report = said.clone();
         if report.nodes.len() > claims::NODES {
             return Err(Status::invalid_argument(format!(
                 "{} nodes: a cluster has at most {}",
@@ -273,22 +282,21 @@ async fn report(
             )));
         }
         let confined = |base: &KnowledgeBase| claims::confine(base, cluster, &mut report);
-        for claim in lead.replica.read(confined) {
+        let claims = lead.replica.read(confined);
+        for claim in claims.iter().take(CLAIMS) {
             tracing::warn!(%cluster, claim, "refused a claim");
         }
-        let known = last
-            .as_ref()
-            .is_some_and(|(last, at)| *last == report && at.elapsed() < REFRESH);
-        if known {
-            continue;
+        if claims.len() > CLAIMS {
+            let more = claims.len() - CLAIMS;
+            tracing::warn!(%cluster, more, "refused more claims of the same report");
         }
         let command = Command::Report {
             cluster: cluster.clone(),
             session,
-            report: Box::new(report.clone()),
+            report: Box::new(report),
         };
         match commit(lead, command).await {
-            Ok(_) => last = Some((report, Instant::now())),
+            Ok(_) => last = Some((said, Instant::now())),
             Err(status) if status.code() == tonic::Code::Unavailable => {
                 tracing::warn!(%cluster, reason = status.message(), "a report waits");
                 newest.mark_changed();

@@ -9,12 +9,13 @@
 //! A connection's certificate says who it is; every request is checked against it, and a connection ends with its
 //! certificate. What a request means is not known here.
 
+mod begun;
 pub(crate) mod caller;
 mod peers;
 mod roles;
 pub(crate) mod tokens;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -33,12 +34,13 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::caller::Caller;
+use self::{begun::Begun, caller::Caller};
 use crate::{agents::AgentDoor, api, lead::Lead, problem::Refusal};
 
 /// The limit of one TLS handshake.
@@ -48,6 +50,12 @@ const PROBE: Duration = Duration::from_secs(5);
 /// How long to wait when the system gives no more connections.
 const EXHAUSTED: Duration = Duration::from_millis(100);
 
+/// How many connections the leads' and agents' door holds: 1,000 agents, and room for who comes and goes.
+pub(crate) const CONNECTIONS: usize = 4_096;
+/// How many the door for tokens holds, which opens for who shows nothing at first: so few that the descriptors of the
+/// process are left for the others.
+pub(crate) const CONNECTIONS_BY_TOKEN: usize = 256;
+
 /// What the door needs.
 pub(crate) struct Door {
     pub(crate) listener: TcpListener,
@@ -55,6 +63,8 @@ pub(crate) struct Door {
     /// What is revoked; `None` at the door for who shows no certificate.
     pub(crate) revoked: Option<RevokedList>,
     pub(crate) routes: Router,
+    /// How many connections there are at once; who comes then waits.
+    pub(crate) connections: usize,
 }
 
 /// TLS as the door speaks it.
@@ -104,12 +114,13 @@ impl Door {
     pub(crate) async fn serve(self, shutdown: CancellationToken) {
         let tasks = TaskTracker::new();
         let acceptor = TlsAcceptor::from(self.tls);
+        let room = Arc::new(Semaphore::new(self.connections));
         loop {
             let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
+                accepted = accept(&self.listener, &room) => accepted,
                 () = shutdown.cancelled() => break,
             };
-            let (tcp, peer) = match accepted {
+            let (place, tcp, peer) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "failed to accept a connection");
@@ -120,6 +131,7 @@ impl Door {
             let (acceptor, revoked) = (acceptor.clone(), self.revoked.clone());
             let (routes, shutdown) = (self.routes.clone(), shutdown.clone());
             tasks.spawn(async move {
+                let _place = place;
                 tokio::select! {
                     () = connection(acceptor, tcp, peer, revoked, routes) => {}
                     () = shutdown.cancelled() => {}
@@ -129,6 +141,17 @@ impl Door {
         tasks.close();
         tasks.wait().await;
     }
+}
+
+/// The next connection, once there is room for it.
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
+    let place = room.clone().acquire_owned().await;
+    let place = place.expect("nobody closes the semaphore");
+    let (tcp, peer) = listener.accept().await?;
+    Ok((place, tcp, peer))
 }
 
 async fn connection(
@@ -169,7 +192,10 @@ where
         .keep_alive_timeout(PROBE);
     builder.http1().timer(TokioTimer::new());
     let served = builder
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+        .serve_connection(
+            TokioIo::new(Begun::new(stream)),
+            TowerToHyperService::new(routes),
+        )
         .await;
     if let Err(error) = served {
         tracing::debug!(%peer, error, "a connection broke");

@@ -222,6 +222,7 @@ pub async fn serve(
         tls,
         revoked: Some(revoked),
         routes: running.routes(),
+        connections: door::CONNECTIONS,
     };
     running.tasks.spawn(door.serve(shutdown.clone()));
     if let Some(listener) = listeners.tokens {
@@ -230,6 +231,7 @@ pub async fn serve(
             tls: tls_for_tokens,
             revoked: None,
             routes: running.token_routes(),
+            connections: door::CONNECTIONS_BY_TOKEN,
         };
         running.tasks.spawn(door.serve(shutdown));
     }

@@ -37,20 +37,23 @@ pub(crate) fn sign(lead: &Lead, by: &str, command: Command) -> Command {
     }))
 }
 
-/// Notes what somebody did outside the Knowledge Base. It is done already: that it is not noted is no refusal.
-pub(crate) async fn note(lead: &Lead, by: &str, what: String) {
-    tracing::info!(by, what, "a change was made");
+/// Notes what somebody asks of the group itself, before it is done: afterwards this lead may be no member any more.
+///
+/// # Errors
+/// When it cannot be noted; nothing is done then.
+pub(crate) async fn note(lead: &Lead, by: &str, what: String) -> Result<(), Refusal> {
+    tracing::info!(by, what, "a change of the leads is asked for");
     if lead.replica.read(|base| base.level) < SIGNED {
-        return;
+        return Ok(());
     }
     let signed = Signed {
         by: by.to_owned(),
         what,
         command: Command::Tick,
     };
-    if let Err(error) = lead.propose(vec![Command::Signed(Box::new(signed))]).await {
-        tracing::warn!(by, %error, "a change is not in the audit log");
-    }
+    lead.propose(vec![Command::Signed(Box::new(signed))])
+        .await?;
+    Ok(())
 }
 
 /// Who asked for what, and with which key.

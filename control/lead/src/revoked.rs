@@ -24,10 +24,18 @@ pub(crate) fn concerning(base: &KnowledgeBase, cluster: &Name) -> Revoked {
     let leads = format!("weft://{mesh}/lead/");
     let nodes = format!("weft://{mesh}/node/{cluster}/");
     let concerns = |holder: &str| holder.starts_with(&leads) || holder.starts_with(&nodes);
-    let mut revoked = all(base);
-    revoked.holders.retain(|holder, _| concerns(holder));
-    revoked.certificates.retain(|_, holder| concerns(holder));
-    revoked
+    let holders = base.security.holders.iter();
+    let certificates = base.security.certificates.iter();
+    Revoked {
+        holders: holders
+            .filter(|(holder, _)| concerns(holder))
+            .map(|(holder, until)| (holder.clone(), *until))
+            .collect(),
+        certificates: certificates
+            .filter(|(_, holder)| concerns(holder))
+            .map(|(certificate, holder)| (certificate.clone(), holder.clone()))
+            .collect(),
+    }
 }
 
 /// Makes `list` what the replica says.

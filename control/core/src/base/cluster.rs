@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv6Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use ebpf_common::addr::{BLOCK4_LEN, BLOCK4_SIZE, Mesh4, Mesh6, Name4, Name6};
@@ -46,6 +46,15 @@ impl Mesh {
     pub fn node_of(&self, addr6: Ipv6Addr) -> Option<u32> {
         match self.space6()?.decode(addr6.to_bits()) {
             Some(Name6::Endpoint { node, .. }) => Some(node),
+            _ => None,
+        }
+    }
+
+    /// The number of the /27 block that an endpoint's IPv4 address is in; `None` for any other address.
+    #[must_use]
+    pub fn block_of(&self, addr4: Ipv4Addr) -> Option<u32> {
+        match self.space4()?.decode(addr4.to_bits()) {
+            Some(Name4::Endpoint { offset }) => Some(offset / BLOCK4_SIZE),
             _ => None,
         }
     }
@@ -244,19 +253,15 @@ impl KnowledgeBase {
 
     /// Gives a node its blocks: those in use, and one spare. The first one is kept for the node endpoint.
     fn balance_blocks(&mut self, node: &mut Node) {
-        let Some(space) = self.mesh.as_ref().and_then(Mesh::space4) else {
+        let Some(mesh) = self.mesh.as_ref() else {
+            return;
+        };
+        let Some(space) = mesh.space4() else {
             return;
         };
         let now = self.log_time_ms;
-        let used: BTreeSet<u32> = node
-            .report
-            .used4
-            .iter()
-            .filter_map(|address| match space.decode(address.to_bits()) {
-                Some(Name4::Endpoint { offset }) => Some(offset / BLOCK4_SIZE),
-                _ => None,
-            })
-            .collect();
+        let used4 = node.report.used4.iter();
+        let used: BTreeSet<u32> = used4.filter_map(|addr4| mesh.block_of(*addr4)).collect();
         for block in &used {
             self.numbers.blocks4.disturb(*block, now + REST_MS);
         }

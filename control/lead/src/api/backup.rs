@@ -39,8 +39,10 @@ pub(super) async fn restore(State(lead): Shared, asking: Asking, body: String) -
         backup::read(&body).map_err(|error| Refusal::field("backup", "", error))?;
     lead.catch_up().await?;
     let level = lead.replica.read(|base| base.level);
-    if level < LEVEL {
-        return Err(Refusal::level("a restore", LEVEL, level));
+    // A lead that does not know what is in it would drop that, and differ from the others for good.
+    let needed = LEVEL.max(header.level);
+    if level < needed {
+        return Err(Refusal::level("a restore of this backup", needed, level));
     }
     tracing::warn!(index = header.index, "restoring a backup");
     let command = sign(&lead, &asking.caller.name, Command::Restore(Box::new(base)));

@@ -87,9 +87,13 @@ pub(super) async fn add(
         return Err(Refusal::field("address", &address.to_string(), rule));
     }
     let what = match &request.replaces {
-        None => format!("add lead {} at {address}", request.name),
-        Some(old) => format!("replace lead {old} with {} at {address}", request.name),
+        None => format!("ask to add lead {} at {address}", request.name),
+        Some(old) => format!(
+            "ask to replace lead {old} with {} at {address}",
+            request.name
+        ),
     };
+    note(&lead, &asking.caller.name, what).await?;
     let ask = Ask::Admit {
         name: request.name,
         address,
@@ -99,7 +103,6 @@ pub(super) async fn add(
         lead::Answer::Seat(Some(seat)) => seat,
         other => return Err(unexpected(other)),
     };
-    note(&lead, &asking.caller.name, what).await;
     Ok(Json(LeadAdded {
         name: member.name,
         id,
@@ -126,9 +129,9 @@ pub(super) async fn remove(
     asking: Asking,
     Path(name): Path<String>,
 ) -> Answer<Changed> {
-    let what = format!("remove lead {name}");
+    let what = format!("ask to remove lead {name}");
+    note(&lead, &asking.caller.name, what).await?;
     lead.ask(Ask::Dismiss { name }).await?;
-    note(&lead, &asking.caller.name, what).await;
     Ok(Json(Changed {
         changed: true,
         index: lead.replica.applied(),
@@ -155,11 +158,13 @@ pub(super) async fn drain_any(State(lead): Shared, asking: Asking) -> Answer<Dra
 }
 
 async fn hand_over(lead: &Lead, asking: &Asking, name: Option<String>) -> Answer<Drained> {
+    let what = match &name {
+        Some(name) => format!("ask lead {name} to let another lead"),
+        None => "ask the leader to let another lead".to_owned(),
+    };
+    note(lead, &asking.caller.name, what).await?;
     match lead.ask(Ask::HandOver { name }).await? {
-        lead::Answer::Leader(leader) => {
-            note(lead, &asking.caller.name, format!("let lead {leader} lead")).await;
-            Ok(Json(Drained { leader }))
-        }
+        lead::Answer::Leader(leader) => Ok(Json(Drained { leader })),
         other => Err(unexpected(other)),
     }
 }

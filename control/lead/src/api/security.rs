@@ -11,7 +11,7 @@ use control_api::http::{
     AuditEntry, AuditQuery, Changed, List, Problem, ReadQuery, Revocation, RevocationRequest,
     Token, TokenRequest,
 };
-use control_core::{base::KnowledgeBase, command::Command, name::Name};
+use control_core::{base::KnowledgeBase, command::Command, name::Name, security::check_hash};
 use netmanager_api::identity::{Access, Identity, Role};
 
 use super::{Answer, Read, Shared, bad_query, change, list};
@@ -76,6 +76,7 @@ pub(super) async fn create_token(
         let rule = format!("a token lasts 1 to {DAYS} days");
         return Err(Refusal::field("days", &wish.days.to_string(), rule));
     }
+    check_hash("hash", &wish.hash)?;
     check_level(&lead)?;
     let command = Command::CreateToken {
         name: name(&wish.name)?,
@@ -142,6 +143,9 @@ pub(super) async fn revoke(
         .holder
         .parse()
         .map_err(|error| Refusal::field("holder", &wish.holder, error))?;
+    if let Some(certificate) = &wish.certificate {
+        check_hash("certificate", certificate)?;
+    }
     check_level(&lead)?;
     let mesh = lead
         .replica

@@ -37,8 +37,10 @@ pub(crate) fn admit(role: &Role, path: &str) -> Result<(), &'static str> {
 enum Takes {
     /// To be let in at all.
     Reading,
-    /// To deploy in the namespace that is asked for.
+    /// To deploy in the namespace that the path names.
     Deploying,
+    /// To deploy in every namespace that the body names: its handler asks for each of them.
+    DeployingByBody,
     /// To be an admin.
     Administration,
 }
@@ -58,8 +60,8 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/status"
             | "/v1/leads",
         ) => Some(Takes::Reading),
-        ("POST", "/v1/applications" | "/v1/migrations")
-        | ("DELETE", "/v1/applications/{namespace}/{name}") => Some(Takes::Deploying),
+        ("POST", "/v1/applications" | "/v1/migrations") => Some(Takes::DeployingByBody),
+        ("DELETE", "/v1/applications/{namespace}/{name}") => Some(Takes::Deploying),
         ("GET", "/v1/backup" | "/v1/tokens" | "/v1/revocations" | "/v1/audit")
         | (
             "POST",
@@ -77,8 +79,9 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
 
 /// Whether somebody with this access may ask for this; else which access may.
 ///
-/// `namespace` is the one that the path names. Where it stands in the body it is `None` at first, which lets every
-/// deployer pass to where the body is read, and the handler asks again for each namespace that the body names.
+/// `namespace` is the one that the path names. For the routes whose body names it, it is `None` at first, which lets
+/// every deployer pass to where the body is read, and the handler asks again for each namespace there. A route that
+/// must name it in its path and does not opens for admins only.
 ///
 /// # Errors
 /// With the access that it takes, for people.
@@ -97,10 +100,11 @@ pub(crate) fn authorise(
         (None, _) => Err("nobody".to_owned()),
         (Some(_), Access::Admin) | (Some(Takes::Reading), _) => Ok(()),
         (Some(Takes::Administration), _) => Err(admin()),
-        (Some(Takes::Deploying), Access::Viewer) => Err(deployer()),
-        (Some(Takes::Deploying), Access::Deployer { namespaces }) => match namespace {
-            Some(namespace) if !namespaces.contains(namespace) => Err(deployer()),
-            _ => Ok(()),
+        (Some(Takes::Deploying | Takes::DeployingByBody), Access::Viewer) => Err(deployer()),
+        (Some(by), Access::Deployer { namespaces }) => match namespace {
+            Some(namespace) if namespaces.contains(namespace) => Ok(()),
+            None if by == Takes::DeployingByBody => Ok(()),
+            _ => Err(deployer()),
         },
     }
 }
@@ -238,6 +242,13 @@ mod tests {
         let apply = "/v1/applications";
         let of_shop = ask("deployer/bank", Method::POST, apply, Some("shop"));
         assert_eq!(of_shop, "deployer/shop or admin");
+        let unnamed = ask(
+            "deployer/shop",
+            Method::DELETE,
+            "/v1/applications/{namespace}/{name}",
+            None,
+        );
+        assert_eq!(unnamed, "deployer/NAMESPACE or admin");
         let any = ask("viewer", Method::POST, apply, None);
         assert_eq!(any, "deployer/NAMESPACE or admin");
         let admin = ask("deployer/shop", Method::POST, "/v1/restore", None);

@@ -225,6 +225,27 @@ async fn who_shows_no_good_certificate_does_not_get_past_tls() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_gets_past_tls_and_says_nothing_is_let_go() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let user = mesh.path().join("user");
+    let doors = [
+        (mesh.address("a"), Some(&*user)),
+        (mesh.token_address("a"), None),
+    ];
+    for (at, dir) in doors {
+        let tcp = TcpStream::connect(at).await.unwrap();
+        let name = SERVER_NAME.try_into().unwrap();
+        let connector = TlsConnector::from(tls(&mesh, dir));
+        let mut silent = connector.connect(name, tcp).await.unwrap();
+        let read = timeout(LIMIT, silent.read(&mut [0; 1])).await;
+        let read = read.expect("the lead ends the connection");
+        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    }
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_area_of_the_door_opens_for_its_role_only() {
     Log::start();
     let mesh = TestMesh::start(&["a"]).await;

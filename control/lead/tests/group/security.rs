@@ -119,11 +119,18 @@ async fn a_revoked_agent_s_stream_ends_and_agents_learn_of_their_nodes() {
     revoke(&mesh, "a", r#"{"holder":"weft://demo/agent/fog"}"#).await;
     wait_for("its stream to end", LIMIT, async || fog.has_ended().await).await;
     assert!(TestAgent::follow(&mesh, "a", "fog", None).await.is_err());
-    // What is not a cluster's own does not concern it.
-    edge.hear("nothing more", |agent| {
-        agent.assignments.revoked.holders.len() == 1
+    // What is not a cluster's own does not concern it: fog's came before this one.
+    revoke(&mesh, "a", r#"{"holder":"weft://demo/node/edge/n2"}"#).await;
+    edge.hear("the next of its own", |agent| {
+        let holders = &agent.assignments.revoked.holders;
+        holders.contains_key("weft://demo/node/edge/n2")
     })
     .await;
+    let heard: Vec<_> = edge.assignments.revoked.holders.keys().collect();
+    assert_eq!(
+        heard,
+        ["weft://demo/node/edge/n1", "weft://demo/node/edge/n2"]
+    );
     mesh.end().await;
 }
 
