@@ -250,10 +250,10 @@ pub(crate) async fn start(
     };
     let config = config(start.timers, start.compaction)?;
     let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
-    let mut log = LogStore::new(disk.clone());
+    let machine = Machine::load(disk.clone(), replica).map_err(|error| failed(&error))?;
+    let mut log = LogStore::new(disk.clone(), &machine);
     let state = log.get_log_state().await;
     let began_at = state.map_err(|error| failed(&error))?.last_log_id;
-    let machine = Machine::load(disk, replica).map_err(|error| failed(&error))?;
     let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine)
         .await
         .map_err(|error| failed(&error))?;

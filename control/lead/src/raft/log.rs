@@ -6,11 +6,13 @@ use openraft::{
     Entry, LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError, Vote,
     storage::{LogFlushed, RaftLogStorage},
 };
+use tokio::sync::watch;
 
 use super::{
     Types,
     disk::{Disk, DiskError, Write, put},
     encode,
+    machine::{Machine, Stored},
 };
 
 type Result<T> = std::result::Result<T, StorageError<u64>>;
@@ -19,11 +21,35 @@ type Result<T> = std::result::Result<T, StorageError<u64>>;
 #[derive(Clone, Debug)]
 pub(crate) struct LogStore {
     disk: Disk,
+    stored: watch::Receiver<Stored>,
 }
 
 impl LogStore {
-    pub(crate) fn new(disk: Disk) -> Self {
-        Self { disk }
+    pub(crate) fn new(disk: Disk, machine: &Machine) -> Self {
+        let stored = machine.watch_stored();
+        Self { disk, stored }
+    }
+
+    /// Waits until the snapshot that takes the place of the entries up to `last` is on disk: openraft 0.9 purges them while
+    /// another lead's snapshot is still being installed, and a crash between the two would leave neither. Raft answers nobody
+    /// for as long.
+    async fn is_replaceable(&mut self, last: LogId<u64>) -> std::result::Result<(), DiskError> {
+        let known =
+            |it: &Stored| !it.is_incoming || it.has_failed || it.last.is_some_and(|at| at >= last);
+        let stored = self.stored.wait_for(known).await;
+        match stored.is_ok_and(|it| !it.has_failed) {
+            true => Ok(()),
+            false => Err(DiskError::Task),
+        }
+    }
+
+    /// Whether what was applied up to `committed` can be applied again: its last entry is there, or a snapshot with it. It
+    /// may have been saved for a snapshot that then was not.
+    fn is_at_hand(&self, committed: LogId<u64>) -> std::result::Result<bool, DiskError> {
+        let at = committed.index;
+        let entry: Vec<Entry<Types>> = self.disk.entries(at..=at)?;
+        let is_snapshot = self.stored.borrow().last >= Some(committed);
+        Ok(is_snapshot || entry.iter().any(|entry| entry.log_id == committed))
     }
 }
 
@@ -86,7 +112,13 @@ impl RaftLogStorage<Types> for LogStore {
     async fn read_committed(&mut self) -> Result<Option<LogId<u64>>> {
         let committed: Option<Option<LogId<u64>>> =
             self.disk.get("committed").map_err(read_failed)?;
-        Ok(committed.flatten())
+        match committed.flatten() {
+            Some(committed) if self.is_at_hand(committed).map_err(read_failed)? => {
+                Ok(Some(committed))
+            }
+            // The leader says it again.
+            _ => Ok(None),
+        }
     }
 
     async fn append<I>(&mut self, entries: I, callback: LogFlushed<Types>) -> Result<()>
@@ -112,6 +144,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {
+        self.is_replaceable(log_id).await.map_err(write_failed)?;
         let purged = put("purged", &log_id).map_err(write_failed)?;
         self.disk
             .write(vec![purged, Write::PurgeTo(log_id.index)])

@@ -1,6 +1,7 @@
 //! The state machine: applies the log to the [`Replica`] and keeps its snapshots on [`Disk`].
 //!
-//! What was applied after the last snapshot is not written again: a restart applies the log once more.
+//! What was applied after the last snapshot is not written again: a restart applies the log once more. Entries leave the
+//! log only once a snapshot with them is on disk ([`Stored`]).
 
 use std::{io::Cursor, sync::Arc};
 
@@ -9,6 +10,7 @@ use openraft::{
     Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta,
     StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
 };
+use tokio::sync::watch;
 
 use super::{
     Member, Types, decode,
@@ -16,6 +18,17 @@ use super::{
     encode,
 };
 use crate::replica::Replica;
+
+/// The snapshot on disk, as far as others must know it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Stored {
+    /// The last entry in it.
+    pub(super) last: Option<LogId<u64>>,
+    /// Whether another lead's was ever on its way here.
+    pub(super) is_incoming: bool,
+    /// Whether one could not be installed.
+    pub(super) has_failed: bool,
+}
 
 type Result<T> = std::result::Result<T, StorageError<u64>>;
 type Meta = SnapshotMeta<u64, Member>;
@@ -27,6 +40,7 @@ pub(crate) struct Machine {
     replica: Arc<Replica>,
     applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, Member>,
+    stored: watch::Sender<Stored>,
 }
 
 impl Machine {
@@ -37,11 +51,18 @@ impl Machine {
             replica,
             applied: None,
             membership: StoredMembership::default(),
+            stored: watch::Sender::default(),
         };
         if let Some((meta, data)) = machine.stored()? {
             machine.become_snapshot(&meta, &data)?;
+            machine.stored.send_modify(|it| it.last = meta.last_log_id);
         }
         Ok(machine)
+    }
+
+    /// Tells of the snapshot on disk; closed with the machine.
+    pub(super) fn watch_stored(&self) -> watch::Receiver<Stored> {
+        self.stored.subscribe()
     }
 
     fn stored(&self) -> std::result::Result<Option<(Meta, Vec<u8>)>, DiskError> {
@@ -91,14 +112,22 @@ pub(crate) struct View {
     disk: Disk,
     base: KnowledgeBase,
     meta: Meta,
+    stored: watch::Sender<Stored>,
 }
 
-async fn store(disk: &Disk, meta: &Meta, data: Vec<u8>) -> std::result::Result<(), DiskError> {
+async fn store(
+    disk: &Disk,
+    meta: &Meta,
+    data: Vec<u8>,
+    stored: &watch::Sender<Stored>,
+) -> std::result::Result<(), DiskError> {
     let data = Write::Put {
         key: "snapshot_data",
         value: data,
     };
-    disk.write(vec![put("snapshot_meta", meta)?, data]).await
+    disk.write(vec![put("snapshot_meta", meta)?, data]).await?;
+    stored.send_modify(|it| it.last = it.last.max(meta.last_log_id));
+    Ok(())
 }
 
 fn snapshot(meta: Meta, data: Vec<u8>) -> Snapshot<Types> {
@@ -113,7 +142,7 @@ impl RaftSnapshotBuilder<Types> for View {
         let failed =
             |error: DiskError| StorageIOError::write_snapshot(Some(self.meta.signature()), &error);
         let data = encode(&self.base).map_err(|error| failed(error.into()))?;
-        store(&self.disk, &self.meta, data.clone())
+        store(&self.disk, &self.meta, data.clone(), &self.stored)
             .await
             .map_err(failed)?;
         Ok(snapshot(self.meta.clone(), data))
@@ -146,6 +175,7 @@ impl RaftStateMachine<Types> for Machine {
         let last = self.applied;
         View {
             disk: self.disk.clone(),
+            stored: self.stored.clone(),
             base: self.replica.read(Clone::clone),
             meta: Meta {
                 last_log_id: last,
@@ -156,17 +186,20 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>> {
+        self.stored.send_modify(|it| it.is_incoming = true);
         Ok(Box::default())
     }
 
     async fn install_snapshot(&mut self, meta: &Meta, data: Box<Cursor<Vec<u8>>>) -> Result<()> {
-        let failed =
-            |error: DiskError| StorageIOError::read_snapshot(Some(meta.signature()), &error);
         let data = data.into_inner();
-        self.become_snapshot(meta, &data).map_err(failed)?;
-        store(&self.disk, meta, data)
-            .await
-            .map_err(|error| StorageIOError::write_snapshot(Some(meta.signature()), &error).into())
+        let installed = match self.become_snapshot(meta, &data) {
+            Ok(()) => store(&self.disk, meta, data, &self.stored).await,
+            error => error,
+        };
+        installed.map_err(|error| {
+            self.stored.send_modify(|it| it.has_failed = true);
+            StorageIOError::write_snapshot(Some(meta.signature()), &error).into()
+        })
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>> {

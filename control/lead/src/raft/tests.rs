@@ -23,7 +23,7 @@ impl StoreBuilder<Types, LogStore, Machine, tempfile::TempDir> for OnDisk {
         let dir = tempfile::tempdir().expect("a temporary folder can be made");
         let disk = Disk::open(folder(&dir)).map_err(failed)?;
         let machine = Machine::load(disk.clone(), Arc::default()).map_err(failed)?;
-        Ok((dir, LogStore::new(disk), machine))
+        Ok((dir, LogStore::new(disk, &machine), machine))
     }
 }
 
@@ -147,4 +147,58 @@ async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
         restarted.applied_state().await.unwrap(),
         machine.applied_state().await.unwrap()
     );
+}
+
+#[tokio::test]
+async fn entries_stay_until_the_snapshot_that_takes_their_place_is_on_disk() {
+    let (there, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let disk = Disk::open(folder(&there)).unwrap();
+    let mut leader = Machine::load(disk, Arc::default()).unwrap();
+    leader.apply([entry(7, vec![init_mesh()])]).await.unwrap();
+    let mut builder = leader.get_snapshot_builder().await;
+    let snapshot = builder.build_snapshot().await.unwrap();
+    let last = snapshot.meta.last_log_id.unwrap();
+
+    let disk = Disk::open(folder(&here)).unwrap();
+    let mut machine = Machine::load(disk.clone(), Arc::default()).unwrap();
+    let mut log = LogStore::new(disk.clone(), &machine);
+    let first = encode(&entry(1, Vec::new())).unwrap();
+    let rows = vec![(1, first)];
+    disk.write(vec![disk::Write::Append(rows)]).await.unwrap();
+    machine.begin_receiving_snapshot().await.unwrap();
+    let mut purge = Box::pin(log.purge(last));
+    assert!(futures::poll!(&mut purge).is_pending());
+    assert_eq!(disk.entries::<Entry<Types>>(..).unwrap().len(), 1);
+    let installed = machine.install_snapshot(&snapshot.meta, snapshot.snapshot);
+    installed.await.unwrap();
+    purge.await.unwrap();
+    assert!(disk.entries::<Entry<Types>>(..).unwrap().is_empty());
+
+    // One that cannot come any more is not waited for.
+    let beyond = LogId::new(last.leader_id, 9);
+    let mut purge = Box::pin(log.purge(beyond));
+    assert!(futures::poll!(&mut purge).is_pending());
+    drop(machine);
+    assert!(purge.await.is_err());
+}
+
+#[tokio::test]
+async fn what_was_committed_by_a_snapshot_that_never_came_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(folder(&dir)).unwrap();
+    let machine = Machine::load(disk.clone(), Arc::default()).unwrap();
+    let mut log = LogStore::new(disk.clone(), &machine);
+    let own = entry(1, Vec::new());
+    let rows = vec![(1, encode(&own).unwrap())];
+    disk.write(vec![disk::Write::Append(rows)]).await.unwrap();
+    let other = LogId::new(CommittedLeaderId::new(2, 1), 1);
+    let behind = LogId::new(CommittedLeaderId::new(1, 1), 18);
+    for (committed, want) in [
+        (own.log_id, Some(own.log_id)),
+        (other, None),
+        (behind, None),
+    ] {
+        log.save_committed(Some(committed)).await.unwrap();
+        assert_eq!(log.read_committed().await.unwrap(), want);
+    }
 }
