@@ -89,6 +89,12 @@ impl Disk {
         self.platter().bad_sync = true;
     }
 
+    /// Takes back what was to go wrong and did not yet.
+    pub(crate) fn mend(&self) {
+        let mut platter = self.platter();
+        (platter.fuse, platter.bad_sync) = (None, false);
+    }
+
     /// Whether a sync has failed.
     pub(crate) fn has_failed(&self) -> bool {
         self.platter().failed

@@ -192,6 +192,7 @@ impl Simulation {
         self.happen(Event::Weather(CALM));
         for host in 0..LEADS {
             self.leads[host].sleep(self.now);
+            self.leads[host].disk.mend();
             self.happen(Event::Start(host));
         }
     }
