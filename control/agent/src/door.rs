@@ -259,24 +259,18 @@ async fn accept(
                 tls.accept(tcp).await
             };
             match timeout(HANDSHAKE, handshake).await {
-                Ok(Ok(stream)) => match shown(&stream) {
-                    Some(shown) => {
+                Ok(Ok(stream)) => match Shown::of_peer(stream.get_ref().1) {
+                    Ok(shown) => {
                         let stream = Guarded::new(stream, Arc::new(shown), revoked);
                         let _ = sender.send(Ok(Connection(stream))).await;
                     }
-                    None => tracing::warn!(%peer, "refused: no certificate with one identity"),
+                    Err(error) => tracing::warn!(%peer, %error, "refused"),
                 },
                 Ok(Err(error)) => tracing::warn!(%peer, %error, "refused at the TLS handshake"),
                 Err(_) => tracing::warn!(%peer, "refused: the TLS handshake took too long"),
             }
         });
     }
-}
-
-fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
-    let (_, session) = stream.get_ref();
-    let certificate = session.peer_certificates()?.first()?;
-    Shown::of_certificate(certificate).ok()
 }
 
 /// Who is at the other end of a connection, by its certificate.

@@ -8,6 +8,7 @@
 use std::{
     collections::VecDeque,
     hash::{BuildHasher, RandomState},
+    io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -18,7 +19,10 @@ use control_api::stream::{
 };
 use control_core::report::{ClusterFacts, Report};
 use hyper_util::rt::TokioIo;
-use netmanager_api::{conditions::Conditions, identity::SERVER_NAME};
+use netmanager_api::{
+    conditions::Conditions,
+    identity::{Guarded, RevokedList, SERVER_NAME, Shown},
+};
 use rustls::ClientConfig;
 use tokio::{
     net::TcpStream,
@@ -64,6 +68,8 @@ pub struct LeadClient {
     pub leads: Vec<SocketAddr>,
     /// TLS that accepts leads only.
     pub tls: Arc<ClientConfig>,
+    /// The certificates that count no more: a stream to a lead with one of them ends.
+    pub revoked: RevokedList,
     /// The cluster's name.
     pub cluster: String,
     /// What its operator says of it.
@@ -162,7 +168,7 @@ impl LeadClient {
 
     /// Connects, says hello and waits for the welcome.
     async fn open(&mut self, lead: SocketAddr) -> Result<Stream, Parting> {
-        let channel = connect(lead, self.tls.clone())
+        let channel = connect(lead, self.tls.clone(), self.revoked.clone())
             .await
             .map_err(Parting::Connect)?;
         let mut client = LeadDoorClient::new(channel)
@@ -325,20 +331,24 @@ fn refused(status: tonic::Status) -> Parting {
     Parting::Refused(Box::new(status))
 }
 
-/// A connection by mutual TLS to a lead.
+/// A connection by mutual TLS to a lead, which ends with the lead's certificate.
 async fn connect(
     lead: SocketAddr,
     tls: Arc<ClientConfig>,
+    revoked: RevokedList,
 ) -> Result<Channel, tonic::transport::Error> {
     let connector = tower::service_fn(move |_: Uri| {
-        let tls = TlsConnector::from(tls.clone());
+        let (tls, revoked) = (TlsConnector::from(tls.clone()), revoked.clone());
         async move {
             let tcp = TcpStream::connect(lead).await?;
             tcp.set_nodelay(true)?;
             let name = SERVER_NAME
                 .try_into()
                 .expect("the server name is a DNS name");
-            tls.connect(name, tcp).await.map(TokioIo::new)
+            let stream = tls.connect(name, tcp).await?;
+            let shown = Shown::of_peer(stream.get_ref().1).map_err(io::Error::other)?;
+            let stream = Guarded::new(stream, Arc::new(shown), revoked);
+            io::Result::Ok(TokioIo::new(stream))
         }
     });
     Endpoint::from_static("http://weft.internal")

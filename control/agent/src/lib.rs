@@ -133,6 +133,7 @@ impl<D: Driver> Agent<D> {
         let leads = LeadClient {
             leads: self.leads,
             tls: client,
+            revoked: revoked.clone(),
             cluster,
             facts: self.config.facts,
             outbox: outgoing,

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     future::Future,
+    io,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -12,7 +13,9 @@ use std::{
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use netmanager_api::identity::{Credentials, IdentityError, Role, SERVER_NAME};
+use netmanager_api::identity::{
+    Credentials, Guarded, IdentityError, RevokedList, Role, SERVER_NAME, Shown,
+};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -34,9 +37,10 @@ const ANSWER_LIMIT: usize = 64 << 20;
 pub type DialError = Box<dyn std::error::Error + Send + Sync>;
 
 type Connecting =
-    Pin<Box<dyn Future<Output = Result<TokioIo<TlsStream<TcpStream>>, std::io::Error>> + Send>>;
+    Pin<Box<dyn Future<Output = io::Result<TokioIo<Guarded<TlsStream<TcpStream>>>>> + Send>>;
 
-/// A connection to `address`, made when it is first used, to whoever `accept` accepts there.
+/// A connection to `address`, made when it is first used, to whoever `accept` accepts there; it breaks when the
+/// certificate that was shown there is revoked or expires.
 ///
 /// # Errors
 /// When the credentials do not serve for TLS.
@@ -46,11 +50,15 @@ pub fn dial(
     accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
 ) -> Result<Channel, IdentityError> {
     let tls = credentials.client(&[b"h2"], accept)?;
-    Ok(dial_by(tls, address))
+    Ok(lazily(tls, credentials.revoked(), address))
 }
 
-/// A connection to `address`, made when it is first used, by this TLS.
+/// A connection to `address`, made when it is first used, by this TLS, of who has no list of what is revoked.
 pub fn dial_by(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {
+    lazily(tls, RevokedList::default(), address)
+}
+
+fn lazily(tls: Arc<ClientConfig>, revoked: RevokedList, address: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("https://{address}"))
         .expect("an address and a scheme are a URI")
         .connect_timeout(CONNECT)
@@ -58,7 +66,9 @@ pub fn dial_by(tls: Arc<ClientConfig>, address: SocketAddr) -> Channel {
         .keep_alive_timeout(PROBE)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true)
-        .connect_with_connector_lazy(tower::service_fn(move |_| connect(tls.clone(), address)))
+        .connect_with_connector_lazy(tower::service_fn(move |_| {
+            connect(tls.clone(), revoked.clone(), address)
+        }))
 }
 
 /// Sends `request` and reads the whole answer.
@@ -115,12 +125,13 @@ impl Wire for Connections {
     }
 }
 
-fn connect(tls: Arc<ClientConfig>, address: SocketAddr) -> Connecting {
+fn connect(tls: Arc<ClientConfig>, revoked: RevokedList, address: SocketAddr) -> Connecting {
     Box::pin(async move {
         let tcp = TcpStream::connect(address).await?;
         tcp.set_nodelay(true)?;
         let name = ServerName::try_from(SERVER_NAME).expect("it is a DNS name");
         let stream = TlsConnector::from(tls).connect(name, tcp).await?;
-        Ok(TokioIo::new(stream))
+        let shown = Shown::of_peer(stream.get_ref().1).map_err(io::Error::other)?;
+        Ok(TokioIo::new(Guarded::new(stream, Arc::new(shown), revoked)))
     })
 }

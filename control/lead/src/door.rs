@@ -37,7 +37,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{begun::Begun, caller::Caller};
@@ -171,8 +171,9 @@ async fn connection(
         let routes = routes.layer(axum::Extension(tokens::Peer(peer)));
         return speak(stream, peer, routes).await;
     };
-    let Some(shown) = shown(&stream) else {
-        return tracing::warn!(%peer, "refused: no certificate with one identity");
+    let shown = match Shown::of_peer(stream.get_ref().1) {
+        Ok(shown) => shown,
+        Err(error) => return tracing::warn!(%peer, %error, "refused"),
     };
     let routes = routes.layer(axum::Extension(shown.identity.clone()));
     let stream = Guarded::new(stream, Arc::new(shown), revoked);
@@ -200,10 +201,4 @@ where
     if let Err(error) = served {
         tracing::debug!(%peer, error, "a connection broke");
     }
-}
-
-fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
-    let (_, session) = stream.get_ref();
-    let certificate = session.peer_certificates()?.first()?;
-    Shown::of_certificate(certificate).ok()
 }

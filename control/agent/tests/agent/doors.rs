@@ -236,3 +236,23 @@ async fn a_node_that_the_leads_revoked_is_cut_off_also_after_a_restart_without_l
     assert!(refused.is_err(), "after a restart");
     agent.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_is_revoked_is_followed_no_more() {
+    Log::start();
+    let authority = Authority::new();
+    let mut lead = FakeLead::start(&authority.issue("lead/stolen")).await;
+    let leads = vec![lead.address];
+    let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
+    let stream = lead.stream().await;
+    stream.welcome(1, Duration::from_secs(60)).await;
+    let mut assignments = Assignments {
+        revision: (0, 1),
+        ..Assignments::default()
+    };
+    let holders = &mut assignments.revoked.holders;
+    holders.insert("weft://m/lead/stolen".to_owned(), u64::MAX);
+    stream.say(ToAgent::Assignments(assignments)).await;
+    Log::says(&["a connection ends", "weft://m/lead/stolen", "revoked"]).await;
+    agent.end().await;
+}

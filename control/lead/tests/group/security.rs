@@ -1,9 +1,16 @@
 //! Revocations, tokens and the audit log, over real TLS.
 
+use std::collections::BTreeMap;
+
 use control_api::http::{AuditEntry, Changed, List, Revocation, Status, Token};
 use http::StatusCode;
-use netmanager_api::identity::{Access, Role, Shown, client_without_certificate, fingerprint};
-use weft_lead::{authority, dial::dial_by};
+use netmanager_api::identity::{
+    Access, Credentials, Revoked, Role, Shown, client_without_certificate, fingerprint,
+};
+use weft_lead::{
+    authority,
+    dial::{dial, dial_by},
+};
 
 use crate::{
     agents::TestAgent,
@@ -206,5 +213,25 @@ async fn a_token_opens_the_api_s_own_door_as_far_as_its_access_goes() {
     assert_eq!(status, StatusCode::OK);
     let (status, text) = by_token(&good, ("GET", "/v1/applications"), "").await;
     assert_eq!(status, StatusCode::UNAUTHORIZED, "{text}");
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_ends_with_the_certificate_of_the_lead_that_was_dialled() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let credentials = Credentials::load(&mesh.path().join("viewer")).unwrap();
+    let channel = dial(&credentials, mesh.address("a"), |_| true).unwrap();
+    let asks = async || {
+        let answer = request_by(channel.clone(), "GET", "/v1/status").await;
+        answer.ok()
+    };
+    assert_eq!(asks().await, Some(200));
+    let holders = BTreeMap::from([("weft://demo/lead/a".to_owned(), u64::MAX)]);
+    credentials.revoked().set(Revoked {
+        holders,
+        ..Revoked::default()
+    });
+    assert_eq!(asks().await, None);
     mesh.end().await;
 }

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use rustls::CommonState;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -60,6 +61,15 @@ impl Shown {
         Self::of_certificate(chain.first().ok_or(IdentityError::Count(0))?)
     }
 
+    /// Reads what the other end of a connection showed.
+    ///
+    /// # Errors
+    /// As [`Shown::of_certificate`], and when it showed nothing.
+    pub fn of_peer(session: &CommonState) -> Result<Self, IdentityError> {
+        let shown = session.peer_certificates().and_then(<[_]>::first);
+        Self::of_certificate(shown.ok_or(IdentityError::Count(0))?)
+    }
+
     /// Whether it has expired.
     fn is_over(&self) -> bool {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -70,7 +80,7 @@ impl Shown {
 
 /// A connection whose other end showed a certificate; it breaks when that one is revoked or expires.
 ///
-/// Looked at whenever something is read: the doors' pings make that a matter of seconds.
+/// Looked at whenever something is read: pings make that a matter of seconds, of who knocks as of who opens.
 #[derive(Debug)]
 pub struct Guarded<S> {
     stream: S,
