@@ -6,9 +6,13 @@
 //!  Signed{by, what, command} ---> audit       the last AUDIT changes that were made
 //! ```
 //!
-//! Everything is bounded. No secret is here: of a token only the hash, and the CA's key never enters the log.
+//! What is revoked is shared with whoever looks it up, and is another list only when that changed. Everything is
+//! bounded. No secret is here: of a token only the hash, and the CA's key never enters the log.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -37,17 +41,37 @@ const HOLDER: usize = 256;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Security {
     /// Holders of certificates that count no more if they were issued up to this time, milliseconds.
-    #[serde(default)]
-    pub holders: BTreeMap<String, u64>,
+    #[serde(default, with = "shared")]
+    pub holders: Arc<BTreeMap<String, u64>>,
     /// Certificates that count no more by their fingerprint, with their holder.
-    #[serde(default)]
-    pub certificates: BTreeMap<String, String>,
+    #[serde(default, with = "shared")]
+    pub certificates: Arc<BTreeMap<String, String>>,
     /// The tokens by name.
     #[serde(default)]
     pub tokens: BTreeMap<Name, Token>,
     /// The last changes, oldest first.
     #[serde(default)]
     pub audit: VecDeque<Audited>,
+}
+
+/// What is shared is written as what it is.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(
+        value: &Arc<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        T::serialize(value, serializer)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<T>, D::Error> {
+        T::deserialize(deserializer).map(Arc::new)
+    }
 }
 
 /// A token.
@@ -100,11 +124,13 @@ impl Security {
 
     /// This one in the place of `older`'s: nothing that either revoked counts again, and no token comes back.
     pub(crate) fn after(mut self, older: &Self) -> Self {
-        for (holder, until) in &older.holders {
-            let known = self.holders.entry(holder.clone()).or_default();
+        let holders = Arc::make_mut(&mut self.holders);
+        for (holder, until) in &*older.holders {
+            let known = holders.entry(holder.clone()).or_default();
             *known = (*known).max(*until);
         }
-        self.certificates.extend(older.certificates.clone());
+        let certificates = Arc::make_mut(&mut self.certificates);
+        certificates.extend((*older.certificates).clone());
         self
     }
 
@@ -250,10 +276,13 @@ impl KnowledgeBase {
         let before = match certificate {
             Some(certificate) => {
                 let certificate = certificate.clone();
-                let before = security.certificates.insert(certificate, holder.to_owned());
+                let certificates = Arc::make_mut(&mut security.certificates);
+                let before = certificates.insert(certificate, holder.to_owned());
                 before.map(|_| self.log_time_ms)
             }
-            None => security.holders.insert(holder.to_owned(), self.log_time_ms),
+            None => {
+                Arc::make_mut(&mut security.holders).insert(holder.to_owned(), self.log_time_ms)
+            }
         };
         if before == Some(self.log_time_ms) {
             Ok(Applied::Unchanged)
@@ -402,6 +431,40 @@ mod tests {
         assert_eq!((security.audit.len(), security.audit[0].index), (AUDIT, 1));
         assert_eq!(short(&"é".repeat(TEXT)).len(), TEXT);
         assert_eq!(short(&format!("a{}", "é".repeat(TEXT))).len(), TEXT - 1);
+    }
+
+    #[test]
+    fn what_is_revoked_is_the_same_list_until_something_is_revoked() {
+        let mut base = base();
+        let revoke = |certificate: Option<char>| Command::RevokeCertificate {
+            holder: "weft://m/user/ann".to_owned(),
+            certificate: certificate.map(|digit| digit.to_string().repeat(HASH)),
+        };
+        let same = |a: &Security, b: &Security| {
+            (
+                Arc::ptr_eq(&a.holders, &b.holders),
+                Arc::ptr_eq(&a.certificates, &b.certificates),
+            )
+        };
+        apply(&mut base, 1_000, revoke(None)).unwrap();
+        let seen = base.security.clone();
+        apply(&mut base, 1_001, create("ci", 'a', 50)).unwrap();
+        assert_eq!(same(&seen, &base.security), (true, true));
+        assert_eq!(same(&seen, &base.sketch().security), (true, true));
+        apply(&mut base, 1_002, revoke(Some('b'))).unwrap();
+        assert_eq!(same(&seen, &base.security), (true, false));
+        apply(&mut base, 1_003, revoke(None)).unwrap();
+        assert_eq!(same(&seen, &base.security), (false, false));
+        assert_eq!(seen.holders["weft://m/user/ann"], 1_000);
+        let text = serde_json::to_string(&base.security).unwrap();
+        assert!(
+            text.contains(r#""holders":{"weft://m/user/ann":1003}"#),
+            "{text}"
+        );
+        assert_eq!(
+            serde_json::from_str::<Security>(&text).unwrap(),
+            base.security
+        );
     }
 
     #[test]

@@ -17,12 +17,13 @@ use control_core::{
 };
 use netmanager_api::{conditions::Concern, table as wire};
 
-use crate::revoked;
+use crate::revoked::Concerning;
 
 /// What one stream was sent last.
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
     assignments: Option<Assignments>,
+    revoked: Concerning,
     tables: BTreeMap<String, wire::Table>,
     seen: Option<(table::Revision, usize)>,
 }
@@ -49,11 +50,11 @@ pub(crate) fn news(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Vec
 
 fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Option<Assignments> {
     let list = assignment::project(base, cluster);
-    let revoked = revoked::concerning(base, cluster);
+    let revoked = sent.revoked.look(base, cluster);
     if sent
         .assignments
         .as_ref()
-        .is_some_and(|last| (&last.list, &last.revoked) == (&list, &revoked))
+        .is_some_and(|last| (&last.list, &last.revoked) == (&list, revoked))
     {
         return None;
     }
@@ -61,7 +62,7 @@ fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Opt
     let assignments = Assignments {
         revision: (incarnation, base.index),
         list,
-        revoked,
+        revoked: revoked.clone(),
     };
     sent.assignments = Some(assignments.clone());
     Some(assignments)
