@@ -148,6 +148,9 @@ async fn accept(
     listener: &TcpListener,
     room: &Arc<Semaphore>,
 ) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
+    if room.available_permits() == 0 {
+        tracing::warn!("the door is full: the next connection waits until one ends");
+    }
     let place = room.clone().acquire_owned().await;
     let place = place.expect("nobody closes the semaphore");
     let (tcp, peer) = listener.accept().await?;
@@ -200,5 +203,27 @@ where
         .await;
     if let Err(error) = served {
         tracing::debug!(%peer, error, "a connection broke");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_door_takes_the_next_one_when_one_has_left() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let room = Arc::new(Semaphore::new(1));
+        let _first = TcpStream::connect(at).await.unwrap();
+        let _next = TcpStream::connect(at).await.unwrap();
+        let (place, _, _) = accept(&listener, &room).await.unwrap();
+        let mut next = pin!(accept(&listener, &room));
+        let early = timeout(Duration::from_millis(100), &mut next).await;
+        assert!(early.is_err(), "{early:?}");
+        drop(place);
+        let (_place, _, _) = timeout(HANDSHAKE, next).await.unwrap().unwrap();
     }
 }
