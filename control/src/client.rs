@@ -142,7 +142,8 @@ impl Leads {
                 Ok((StatusCode::SERVICE_UNAVAILABLE, body)) => {
                     write!(failures, "\n  lead {lead}: {}", problem(&body))?;
                 }
-                Ok((status, body)) if status.is_client_error() => {
+                // A lead that failed to answer before may have done it.
+                Ok((status, body)) if status.is_client_error() && failures.is_empty() => {
                     return Err(Refused(problem(&body)).into());
                 }
                 Ok((_, body)) => bail!("{}", problem(&body)),

@@ -235,6 +235,21 @@ fn wrong_use_is_2_and_what_does_not_work_is_1_with_the_way_out() {
 }
 
 #[test]
+fn the_only_copy_of_a_token_stays_where_no_lead_refused_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    done(dir, &["init", "--dir", "ca", "--mesh", "demo"]);
+    cert(dir, "user", "ann");
+    let create = ["token", "create", "ci", "--access", "viewer"];
+    let rest = ["--lead", "127.0.0.1:1", "--credentials", "user-ann"];
+    let (code, error) = refused(dir, &[&create[..], &["--out", "ci.token"], &rest].concat());
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("weft token list"), "{error}");
+    let kept = std::fs::read_to_string(dir.join("ci.token")).unwrap();
+    assert!(kept.starts_with("ci."));
+}
+
+#[test]
 fn a_lead_says_what_its_first_start_lacks() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
