@@ -61,6 +61,24 @@ async fn a_backup_brings_a_deleted_application_back_with_its_addresses() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_of_a_later_feature_level_waits_until_every_lead_has_it() {
+    let mesh = TestMesh::start(&["a"]).await;
+    mesh.leader().await;
+    let level = async || status(&mesh, "a").await.level >= 2;
+    wait_for("the feature level", LIMIT, level).await;
+    let (_, backup) = mesh.ask("a", "GET", "/v1/backup", "").await;
+    mesh.end().await;
+    // A lead is away: who knows what level it has?
+    let behind = TestMesh::start_some(&["a", "b", "c"], &["a", "b"]).await;
+    let leader = behind.leader().await;
+    let (code, problem): (_, Problem) = behind.post(&leader, "/v1/restore", &backup).await;
+    assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE, "{problem:?}");
+    assert!(problem.error.contains("feature level 2"), "{problem:?}");
+    assert_eq!(incarnation(&behind, &leader).await, 0);
+    behind.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_survivor_of_three_becomes_a_group_and_grows_again() {
     let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
     let leader = mesh.leader().await;

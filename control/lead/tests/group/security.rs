@@ -8,7 +8,7 @@ use netmanager_api::identity::{
     Access, Credentials, Revoked, Role, Shown, client_without_certificate, fingerprint,
 };
 use weft_lead::{
-    authority,
+    LeadError, authority,
     dial::{dial, dial_by},
 };
 
@@ -23,11 +23,13 @@ use crate::{
 async fn start(leads: &[&str]) -> TestMesh {
     let mesh = TestMesh::start(leads).await;
     mesh.leader().await;
-    wait_for("the feature level", LIMIT, async || {
-        let (_, status): (_, Status) = mesh.get(leads[0], "/v1/status").await;
-        status.level >= 2
-    })
-    .await;
+    for lead in leads {
+        wait_for("the feature level", LIMIT, async || {
+            let (_, status): (_, Status) = mesh.get(lead, "/v1/status").await;
+            status.level >= 2
+        })
+        .await;
+    }
     mesh
 }
 
@@ -233,5 +235,21 @@ async fn a_connection_ends_with_the_certificate_of_the_lead_that_was_dialled() {
         ..Revoked::default()
     });
     assert_eq!(asks().await, None);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_removal_of_the_lead_that_is_asked_is_in_the_audit_log() {
+    let mut mesh = start(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let [asked, other] = mesh.others(&leader);
+    let path = format!("/v1/leads/{asked}");
+    let (status, text) = mesh.ask(&asked, "DELETE", &path, "").await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let (_, log): (_, List<AuditEntry>) = mesh.get(&other, "/v1/audit").await;
+    let said: Vec<_> = log.items.iter().map(|it| (&*it.by, &*it.what)).collect();
+    assert_eq!(said, [("user", &*format!("ask to remove lead {asked}"))]);
+    let ended = mesh.ended(&asked).await;
+    assert!(matches!(ended, Err(LeadError::Removed { .. })), "{ended:?}");
     mesh.end().await;
 }
