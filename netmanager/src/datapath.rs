@@ -25,6 +25,7 @@ mod bpffs;
 mod btf;
 mod carry;
 mod counts;
+mod direct;
 mod live;
 mod log;
 mod object;

@@ -10,6 +10,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod mesh;
 pub mod netns;
+pub mod pinned;
 pub mod program;
 pub mod raw;
 pub mod steal;

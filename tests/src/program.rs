@@ -24,9 +24,9 @@ use aya::{
 };
 use ebpf_common::{
     layout::{
-        Account, Addr, Backend, Config, Count, ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, Flow,
-        FlowKey, Fragment, FragmentKey, LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL, Peer,
-        RefusedKey, Settled, Vip, VipKey,
+        Account, Addr, Backend, Config, Count, DIRECT_PLACES, ENDPOINT_PLAIN_REDIRECT, Endpoint,
+        Event, Flow, FlowKey, Fragment, FragmentKey, LogConfig, LogState, PROGRAM_POD,
+        PROGRAM_TUNNEL, Peer, RefusedKey, Settled, Vip, VipKey, direct_link,
     },
     reason::Reason,
 };
@@ -47,6 +47,17 @@ pub struct Outcome {
     pub action: u32,
     /// The packet as the program left it.
     pub bytes: Vec<u8>,
+}
+
+/// By which maps a node knows its endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// By hash and by place, as the daemon writes it.
+    Both,
+    /// Only by hash (`ENDPOINTS`, `LOCAL`).
+    ByHash,
+    /// Only by place (`ENDPOINTS_DIRECT`, `LOCAL_DIRECT`).
+    ByPlace,
 }
 
 /// How many entries the maps that a test may want to fill have.
@@ -75,6 +86,7 @@ pub struct Node {
     ebpf: Ebpf,
     /// The kernel empties a program array when the last descriptor of it is closed.
     _programs: ProgramArray<MapData>,
+    known: Known,
 }
 
 impl Node {
@@ -116,6 +128,7 @@ impl Node {
         Self {
             ebpf,
             _programs: programs,
+            known: Known::Both,
         }
     }
 
@@ -142,12 +155,36 @@ impl Node {
     /// Makes an endpoint local.
     pub fn attach(&mut self, endpoint: &Endpoint) {
         let value = endpoint.to_array::<64>();
-        let mut local = self.hash::<16, 64>("LOCAL");
         for address in [endpoint.addr4, endpoint.addr6] {
-            if address != Addr::default() {
-                local
+            if address == Addr::default() {
+                continue;
+            }
+            if self.known != Known::ByPlace {
+                self.hash::<16, 64>("LOCAL")
                     .insert(address.to_array::<16>(), value, 0)
                     .expect("LOCAL has room");
+            }
+            if self.known != Known::ByHash {
+                self.array::<64>("LOCAL_DIRECT")
+                    .set(address.direct(), value, 0)
+                    .expect("every address has a place");
+            }
+        }
+    }
+
+    /// Makes a node forget who is local, and know those that are made local from now on by one of its ways only.
+    pub fn know(&mut self, known: Known) {
+        self.known = known;
+        for (hash, places) in [("ENDPOINTS", "ENDPOINTS_DIRECT"), ("LOCAL", "LOCAL_DIRECT")] {
+            for place in 0..DIRECT_PLACES {
+                self.array::<64>(places)
+                    .set(place, [0; 64], 0)
+                    .expect("a place");
+            }
+            if hash == "LOCAL" {
+                clear(&mut self.hash::<16, 64>(hash));
+            } else {
+                clear(&mut self.hash::<4, 64>(hash));
             }
         }
     }
@@ -189,9 +226,17 @@ impl Node {
 
     /// An Ethernet frame that `sender` sends, through the dispatcher.
     pub fn from_pod(&mut self, sender: &Endpoint, frame: &[u8]) -> Outcome {
-        self.hash::<4, 64>("ENDPOINTS")
-            .insert(DEVICE.to_ne_bytes(), sender.to_array::<64>(), 0)
-            .expect("ENDPOINTS has room");
+        let value = sender.to_array::<64>();
+        if self.known != Known::ByPlace {
+            self.hash::<4, 64>("ENDPOINTS")
+                .insert(DEVICE.to_ne_bytes(), value, 0)
+                .expect("ENDPOINTS has room");
+        }
+        if self.known != Known::ByHash {
+            self.array::<64>("ENDPOINTS_DIRECT")
+                .set(direct_link(DEVICE), value, 0)
+                .expect("every link has a place");
+        }
         self.run("weft_dispatch_pod", frame)
     }
 
@@ -435,6 +480,14 @@ fn empty<const K: usize, const V: usize>(mut map: HashMap<&mut MapData, [u8; K],
     let keys: Vec<_> = map.keys().map(|key| key.expect("a key")).collect();
     for key in keys {
         map.remove(&key).expect("nobody else removes it");
+    }
+}
+
+/// Removes every entry.
+fn clear<K: aya::Pod, V: aya::Pod>(map: &mut HashMap<&mut MapData, K, V>) {
+    let keys: Vec<_> = map.keys().filter_map(Result::ok).collect();
+    for key in keys {
+        map.remove(&key).expect("the key is there");
     }
 }
 

@@ -19,7 +19,7 @@ use aya::{
     maps::{Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues},
     util::nr_cpus,
 };
-use ebpf_common::{addr::Policy, layout::LAYOUT_VERSION};
+use ebpf_common::addr::Policy;
 use netmanager_api::{
     observe::{
         Filter, FlowEvent, FlowsRequest, Outcome, Request, Said, Trace, TraceRequest, Verdict, Way,
@@ -27,14 +27,12 @@ use netmanager_api::{
     },
     table::BackendState::Ready,
 };
-use nix::mount::{MntFlags, umount2};
-use tempfile::TempDir;
-use weft_netmanager::datapath::{self, BpfDatapath, HookMode, Sizes};
 use weft_tests::{
     mesh::{
         Mesh, Node, Options, SOON,
         service::{addresses, service},
     },
+    pinned::Pinned,
     traffic::{HTTP, call, call_at, datagram, echo},
     wait_for,
 };
@@ -42,44 +40,6 @@ use weft_tests::{
 /// A port of the node's own namespace.
 const METRICS: &str = "127.0.0.1:9177";
 const AT_ONCE: Duration = Duration::from_secs(1);
-
-/// A datapath in a BPF file system of its own.
-struct Pinned {
-    datapath: BpfDatapath,
-    folder: TempDir,
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // Fails only where it was never mounted.
-        let _ = umount2(self.folder.path(), MntFlags::MNT_DETACH);
-    }
-}
-
-impl Pinned {
-    fn open() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let options = datapath::Options {
-            bpffs: folder.path().to_owned(),
-            mode: HookMode::Clsact,
-            sizes: Sizes {
-                endpoints: 16,
-                backends: 16,
-                slots: 16,
-                vips: 16,
-                flows: 64,
-            },
-            splice: None,
-        };
-        let datapath = BpfDatapath::open(&options).unwrap();
-        Self { datapath, folder }
-    }
-
-    fn map(&self, name: &str) -> MapData {
-        let pins = format!("v{LAYOUT_VERSION}/maps/{name}");
-        MapData::from_pin(self.folder.path().join(pins)).unwrap()
-    }
-}
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
@@ -100,8 +60,8 @@ fn a_count_that_goes_to_another_owner_starts_from_zero_and_no_other_does() {
         let ones = PerCpuValues::try_from(vec![1; cpus]).unwrap();
         refused.insert(key, ones, 0).unwrap();
     }
-    pinned.datapath.reset_counts(&[1], &[2]).unwrap();
-    let counts = pinned.datapath.counts().unwrap();
+    pinned.datapath().reset_counts(&[1], &[2]).unwrap();
+    let counts = pinned.datapath().counts().unwrap();
     let flows = |n: [u32; 3], of: &dyn Fn(u32) -> u64| n.map(of);
     let cpus = cpus as u64;
     let vips = flows([1, 2, 3], &|n| counts.vip(n).unwrap().flows);

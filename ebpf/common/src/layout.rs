@@ -4,6 +4,8 @@
 //!  CONFIG     array 1      Config      what the mesh and this node are
 //!  ENDPOINTS  hash         ifindex  -> Endpoint   who sits behind a host-side link (anti-spoof, flow key)
 //!  LOCAL      hash         Addr     -> Endpoint   where a local endpoint address is delivered
+//!  ENDPOINTS_DIRECT  array Endpoint               the same by `direct_link`, for those that have a place of their own
+//!  LOCAL_DIRECT      array Endpoint               the same by `Addr::direct`
 //!  VIPS       hash         VipKey   -> Vip        a declared port; (address, 0, ICMP) stands for the VIP itself
 //!  SLOTS      array        u32                    backend indexes; a Vip owns one run of them
 //!  BACKENDS   array        Backend                by backend index
@@ -107,6 +109,15 @@ impl Addr {
         self.words[3]
     }
 
+    /// The place in `LOCAL_DIRECT` of an endpoint address: by the last eleven bits, IPv4 in the upper half.
+    #[must_use]
+    #[inline(always)]
+    pub const fn direct(&self) -> u32 {
+        const HALF: u32 = DIRECT_PLACES / 2;
+        let half = if self.is_v4() { HALF } else { 0 };
+        u32::from_be(self.words[3]) & (HALF - 1) | half
+    }
+
     /// The key of `PEERS` for an endpoint address: IPv6 without the endpoint's number, IPv4 the first address of its
     /// /27 block.
     #[must_use]
@@ -194,6 +205,38 @@ pub struct Endpoint {
     pub host_mac: [u8; 6],
     /// Zero.
     pub pad: u32,
+}
+
+/// How many places `ENDPOINTS_DIRECT` and `LOCAL_DIRECT` have. They answer what `ENDPOINTS` and `LOCAL` know without a
+/// hash: where a place is empty, or another's, the hash map is asked.
+pub const DIRECT_PLACES: u32 = 4096;
+
+/// The place of a host-side link in `ENDPOINTS_DIRECT`.
+#[must_use]
+#[inline(always)]
+pub const fn direct_link(ifindex: u32) -> u32 {
+    ifindex & (DIRECT_PLACES - 1)
+}
+
+impl Endpoint {
+    /// Whether this is what `ENDPOINTS` has of the link `ifindex`. An empty place is nobody's.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_at(&self, ifindex: u32) -> bool {
+        self.ifindex == ifindex && ifindex != 0
+    }
+
+    /// Whether this is what `LOCAL` has of `address`. An empty place, and one that is being written, is nobody's.
+    #[must_use]
+    #[inline(always)]
+    pub fn has(&self, address: &Addr) -> bool {
+        let own = if address.is_v4() {
+            &self.addr4
+        } else {
+            &self.addr6
+        };
+        self.ifindex != 0 && own == address
+    }
 }
 
 /// A declared port of a VIP.
@@ -591,6 +634,40 @@ mod tests {
         assert!(!addr.is_v4());
         assert_eq!(addr.to_bits(), bits);
         assert_eq!(addr.words[0].to_ne_bytes(), [0xfd, 0x12, 0x34, 0x56]);
+    }
+
+    #[test]
+    fn a_place_belongs_to_who_has_the_address_and_an_empty_one_to_nobody() {
+        let (v4, v6) = (Addr::from_v4(0x0a10_0021), Addr::from_v6((0xfd << 120) | 1));
+        let whole = Endpoint {
+            addr4: v4,
+            addr6: v6,
+            ifindex: 7,
+            ..Endpoint::default()
+        };
+        assert!(whole.has(&v4) && whole.has(&v6) && whole.is_at(7));
+        assert!(!whole.has(&Addr::from_v4(0x0a10_0022)) && !whole.is_at(8));
+        // No IPv4, or half written, or never.
+        let six = Endpoint {
+            addr4: Addr::default(),
+            ..whole
+        };
+        assert!(!six.has(&Addr::default()) && !six.has(&Addr::from_v4(0)));
+        let half = Endpoint {
+            ifindex: 0,
+            ..whole
+        };
+        assert!(!half.has(&v6) && !half.is_at(0));
+        assert!(!Endpoint::default().has(&Addr::default()));
+    }
+
+    #[test]
+    fn the_families_have_their_own_half_of_the_places() {
+        let half = DIRECT_PLACES / 2;
+        assert_eq!(Addr::from_v6(u128::from(half) | 5).direct(), 5);
+        assert_eq!(Addr::from_v4(half | 5).direct(), half | 5);
+        assert_eq!(Addr::from_v4(u32::MAX).direct(), DIRECT_PLACES - 1);
+        assert_eq!(direct_link(DIRECT_PLACES + 3), 3);
     }
 
     #[test]

@@ -33,10 +33,12 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 26] = [
+pub(super) const MAPS: [(&str, usize, usize); 28] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
+    ("ENDPOINTS_DIRECT", 4, size_of::<Endpoint>()),
+    ("LOCAL_DIRECT", 4, size_of::<Endpoint>()),
     ("VIPS", size_of::<VipKey>(), size_of::<Vip>()),
     ("SLOTS", 4, 4),
     ("BACKENDS", 4, size_of::<Backend>()),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ebpf_common::layout::{Addr, Backend, Config, Endpoint, Vip, VipKey};
 
-use super::{DatapathError, batch::Batch, raw::Raw};
+use super::{DatapathError, batch::Batch, direct::Direct, raw::Raw};
 use crate::plan::{Capacity, KernelState, Op};
 
 /// See the module.
@@ -12,6 +12,7 @@ pub(super) struct Tables {
     config: Batch<u32, Raw<Config>>,
     endpoints: Batch<u32, Raw<Endpoint>>,
     local: Batch<Raw<Addr>, Raw<Endpoint>>,
+    direct: Direct,
     vips: Batch<Raw<VipKey>, Raw<Vip>>,
     slots: Batch<u32, u32>,
     backends: Batch<u32, Raw<Backend>>,
@@ -21,14 +22,21 @@ impl Tables {
     /// Opens the maps that are pinned in `maps`.
     pub(super) fn open(maps: &Path) -> Result<Self, DatapathError> {
         let path = |name| maps.join(name);
-        Ok(Self {
+        let tables = Self {
             config: Batch::open("CONFIG", &path("CONFIG"))?,
             endpoints: Batch::open("ENDPOINTS", &path("ENDPOINTS"))?,
             local: Batch::open("LOCAL", &path("LOCAL"))?,
+            direct: Direct::open(maps)?,
             vips: Batch::open("VIPS", &path("VIPS"))?,
             slots: Batch::open("SLOTS", &path("SLOTS"))?,
             backends: Batch::open("BACKENDS", &path("BACKENDS"))?,
-        })
+        };
+        let state = tables.state()?;
+        tables.direct.rebuild(
+            state.endpoints.iter().map(|(key, value)| (*key, value)),
+            state.local.iter().map(|(key, value)| (*key, value)),
+        )?;
+        Ok(tables)
     }
 
     /// How much the planner may give out.
@@ -97,10 +105,12 @@ impl Tables {
                 }
                 Op::Endpoint(key, Some(value)) => endpoints.push(*key, Raw(*value)),
                 Op::Endpoint(key, None) => {
+                    self.direct.link(*key, None)?;
                     self.endpoints.remove(key)?;
                 }
                 Op::Local(key, Some(value)) => local.push(Raw(*key), Raw(*value)),
                 Op::Local(key, None) => {
+                    self.direct.address(key, None)?;
                     self.local.remove(&Raw(*key))?;
                 }
                 Op::Vip(key, Some(value)) => vips.push(Raw(*key), Raw(*value)),
@@ -124,7 +134,15 @@ impl Tables {
         slots.put(&self.slots)?;
         endpoints.put(&self.endpoints)?;
         local.put(&self.local)?;
-        vips.put(&self.vips)
+        vips.put(&self.vips)?;
+        for op in ops {
+            match op {
+                Op::Endpoint(key, Some(value)) => self.direct.link(*key, Some(value))?,
+                Op::Local(key, Some(value)) => self.direct.address(key, Some(value))?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 
