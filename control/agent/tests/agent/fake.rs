@@ -38,7 +38,7 @@ use tonic::{
 use weft_agent::driver::{self, Driver, State, Statuses};
 
 /// No step of a test takes longer.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits for `future`, at most [`DEADLINE`].
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {

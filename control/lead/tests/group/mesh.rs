@@ -24,7 +24,7 @@ use weft_lead::{
 use crate::relay::Relay;
 
 /// How long a test waits for what must happen.
-pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds; panics after `limit`.
 pub(crate) async fn wait_for(
