@@ -202,7 +202,15 @@ fn place_application(
     let session = |name: &Name| kb.clusters.get(name).map_or(0, |cluster| cluster.session);
     let mut commands = Vec::new();
     for (slot, decision) in answer.binds {
-        view.place(&slot, &decision.cluster);
+        // What a move must make room for waits for it: until then the Knowledge Base refuses it.
+        if !view
+            .refusals(&slot, &decision.cluster, Held::New)
+            .is_empty()
+        {
+            continue;
+        }
+        // What it leaves keeps its room until it is known to be gone.
+        view.move_to(&slot, &decision.cluster);
         if kb.fence_wait(&slot, now_ms) > 0
             && let Some((source, _)) = kb.live(&slot)
         {

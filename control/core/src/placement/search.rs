@@ -310,7 +310,7 @@ fn answer(now: &View<'_>, app: &AppName, task: &Task, chosen: Try<'_>) -> Answer
 }
 
 /// The binds in an order in which each may be done as those before it are (a near replica before a far one that
-/// relies on it); what has no such order comes last, and is refused until it has.
+/// relies on it); what has no such order comes last, and waits until it has: a move makes room for it.
 fn in_turn(view: &mut View<'_>, mut binds: Vec<(Slot, Decision)>) -> Vec<(Slot, Decision)> {
     let mut turn = Vec::new();
     while let Some(next) = binds.iter().position(|(slot, decision)| {

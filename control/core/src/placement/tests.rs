@@ -176,10 +176,14 @@ proptest! {
         world.settle();
         let before = placed(&world);
         world.step_ms = 20_000;
-        world.run(32);
-        let settled = placed(&world);
-        world.run(35);
-        prop_assert_eq!(placed(&world), settled, "constant input moves nothing");
+        // One move may open the way for the next, and each rests before it goes on; but it comes to an end.
+        let mut last = before.clone();
+        let comes_to_rest = (0..5).any(|_| {
+            world.run(35);
+            let now = placed(&world);
+            std::mem::replace(&mut last, now.clone()) == now
+        });
+        prop_assert!(comes_to_rest, "constant input moves nothing: {last:?}");
         prop_assert_eq!(before.len(), answer.binds.len());
         let view = View::new(&world.kb, world.now_ms);
         for (slot, bindings) in &world.kb.slots {

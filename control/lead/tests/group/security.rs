@@ -62,6 +62,9 @@ async fn a_revoked_certificate_opens_no_lead_s_door_any_more_and_a_new_one_does(
         None,
         "the connection ended with its certificate"
     );
+    // The list is there: what is refused from now on is refused at the handshake. Before, a connection may also have ended
+    // behind it.
+    assert_eq!(asks("viewer", "b").await, None);
     Log::says(&[
         "refused a certificate",
         "weft://demo/user/viewer",
