@@ -148,13 +148,25 @@ pub fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     // Both at once: more than both ends' buffers would block for ever.
     let mut writer = stream.try_clone()?;
     let mut back = vec![0; bytes.len()];
-    std::thread::scope(|scope| {
+    let (read, written) = std::thread::scope(|scope| {
         let written = scope.spawn(move || writer.write_all(bytes));
-        stream.read_exact(&mut back)?;
-        written.join().expect("a writer returns its errors")
-    })?;
+        let read = stream.read_exact(&mut back);
+        (read, written.join().expect("a writer returns its errors"))
+    });
+    both(read, written)?;
     assert!(back == bytes, "other bytes came back");
     Ok(())
+}
+
+/// What became of a connection that one thread read and another wrote.
+fn both(read: io::Result<()>, written: io::Result<()>) -> io::Result<()> {
+    match read {
+        // The kernel tells a reset to whoever asks first; the other one finds the connection at its end.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(written.err().unwrap_or(error))
+        }
+        read => read.and(written),
+    }
 }
 
 /// Sends a datagram to port [`DNS`] and reads it back; who answered.
@@ -269,5 +281,31 @@ pub fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error)
     match work() {
         Ok(_) => panic!("it succeeded"),
         Err(error) => (start.elapsed(), error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use io::ErrorKind::{self, ConnectionReset, TimedOut, UnexpectedEof};
+
+    use super::*;
+
+    #[test]
+    fn a_reset_that_the_writer_was_told_is_no_end_of_the_connection() {
+        let of = |error: Option<ErrorKind>| error.map_or(Ok(()), |kind| Err(kind.into()));
+        for (read, written, result) in [
+            (None, None, None),
+            (
+                Some(UnexpectedEof),
+                Some(ConnectionReset),
+                Some(ConnectionReset),
+            ),
+            (Some(UnexpectedEof), None, Some(UnexpectedEof)),
+            (Some(TimedOut), Some(ConnectionReset), Some(TimedOut)),
+            (None, Some(ConnectionReset), Some(ConnectionReset)),
+        ] {
+            let became = both(of(read), of(written)).err().map(|error| error.kind());
+            assert_eq!(became, result, "{read:?} {written:?}");
+        }
     }
 }
