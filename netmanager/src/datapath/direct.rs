@@ -28,24 +28,24 @@ impl Direct {
     }
 
     /// Makes all places agree with the hash maps, whatever a version left in them that did not know them.
-    pub(super) fn rebuild<'a>(
+    pub(super) fn rebuild(
         &self,
-        endpoints: impl Iterator<Item = (u32, &'a Endpoint)>,
-        local: impl Iterator<Item = (Addr, &'a Endpoint)>,
+        endpoints: &Batch<u32, Raw<Endpoint>>,
+        local: &Batch<Raw<Addr>, Raw<Endpoint>>,
     ) -> Result<(), DatapathError> {
         let mut links = Places::new();
-        for (ifindex, endpoint) in endpoints {
-            if endpoint.is_at(ifindex) {
-                links.take(direct_link(ifindex), endpoint);
+        endpoints.each(|ifindex, endpoint| {
+            if endpoint.0.is_at(ifindex) {
+                links.take(direct_link(ifindex), &endpoint.0);
             }
-        }
+        })?;
         links.write(&self.links)?;
         let mut places = Places::new();
-        for (address, endpoint) in local {
-            if endpoint.has(&address) {
-                places.take(address.direct(), endpoint);
+        local.each(|address, endpoint| {
+            if endpoint.0.has(&address.0) {
+                places.take(address.0.direct(), &endpoint.0);
             }
-        }
+        })?;
         places.write(&self.local)
     }
 

@@ -31,11 +31,7 @@ impl Tables {
             slots: Batch::open("SLOTS", &path("SLOTS"))?,
             backends: Batch::open("BACKENDS", &path("BACKENDS"))?,
         };
-        let state = tables.state()?;
-        tables.direct.rebuild(
-            state.endpoints.iter().map(|(key, value)| (*key, value)),
-            state.local.iter().map(|(key, value)| (*key, value)),
-        )?;
+        tables.direct.rebuild(&tables.endpoints, &tables.local)?;
         Ok(tables)
     }
 

@@ -1,6 +1,6 @@
 //! Changing who the leads are, while the group goes on.
 
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use control_api::http::{Changed, Drained, Lead, LeadAdded, List, Problem};
 use http::StatusCode;
@@ -12,9 +12,8 @@ use crate::{
     names,
 };
 
-/// How long changes are made before the hand-over, and how long in all.
-const BEFORE: Duration = Duration::from_millis(1_500);
-const WRITING: Duration = Duration::from_secs(4);
+/// How many changes are made before a hand-over, and after it.
+const CHANGES: usize = 10;
 
 pub(crate) async fn leads(mesh: &TestMesh, asked: &str) -> Vec<Lead> {
     let (status, text) = mesh.ask(asked, "GET", "/v1/leads", "").await;
@@ -146,25 +145,31 @@ async fn a_drained_leader_hands_over_and_no_change_is_refused_or_lost() {
         let mesh = TestMesh::start(names).await;
         let leader = mesh.leader().await;
         let asked = names.iter().find(|name| **name != leader).unwrap();
+        let (made, is_drained) = (AtomicUsize::new(0), AtomicBool::new(false));
         let writing = async {
-            let end = Instant::now() + WRITING;
-            let mut number = 0;
-            while Instant::now() < end {
+            let mut after = 0;
+            while after < CHANGES {
+                after += usize::from(is_drained.load(Ordering::Relaxed));
+                let number = made.load(Ordering::Relaxed);
                 let (status, answer) = apply(&mesh, asked, &format!("app{number}")).await;
                 assert_eq!(status, StatusCode::OK, "{answer:?}");
-                number += 1;
+                made.store(number + 1, Ordering::Relaxed);
             }
-            number
         };
         let draining = async {
-            tokio::time::sleep(BEFORE).await;
+            wait_for("changes", LIMIT, async || {
+                made.load(Ordering::Relaxed) >= CHANGES
+            })
+            .await;
             let path = format!("/v1/leads/{leader}/drain");
             let (status, text) = mesh.ask(asked, "POST", &path, "").await;
             assert_eq!(status, StatusCode::OK, "{text}");
+            is_drained.store(true, Ordering::Relaxed);
             serde_json::from_str::<Drained>(&text).unwrap().leader
         };
-        let (number, heir) = tokio::join!(writing, draining);
+        let ((), heir) = tokio::join!(writing, draining);
         assert_ne!(heir, leader);
+        let number = made.load(Ordering::Relaxed);
         assert_eq!(crate::names(&mesh, asked).await.len(), number);
         // A lead that does not lead may be stopped: nothing changes.
         let (_, again): (_, Drained) = mesh
