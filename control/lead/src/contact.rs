@@ -9,7 +9,10 @@ use std::{sync::Arc, time::Duration};
 use openraft::ServerState;
 use tokio::time::{Instant, sleep};
 
-use crate::lead::{Answer, Ask, Lead, SeatOf};
+use crate::{
+    lead::{Answer, Ask, Lead, SeatOf},
+    raft::Member,
+};
 
 /// So many leases without a word of a leader end a follower's streams: an election takes two.
 const FOLLOWS: u32 = 4;
@@ -91,8 +94,9 @@ pub(crate) async fn watch(lead: Arc<Lead>) {
     }
 }
 
-/// Returns when the group says that this lead is not a member any more. A lead that hears its leader is one.
-pub(crate) async fn removed(lead: &Lead) {
+/// Returns when the group says that this lead is not a member any more. A lead that hears its leader is one; one that
+/// stopped before it heard of any member asks those it was started with.
+pub(crate) async fn removed(lead: &Lead, introduced: &[Member]) {
     let start = Instant::now();
     loop {
         sleep(lead.timers.lease()).await;
@@ -101,10 +105,11 @@ pub(crate) async fn removed(lead: &Lead) {
             continue;
         }
         let ask = Ask::Seat(SeatOf::Id(lead.id));
-        for (id, member) in lead.members_by_id() {
-            if id != lead.id
-                && let Ok(Ok(Answer::Seat(None))) = lead.hand_on(&member, &ask).await
-            {
+        let members = lead.members_by_id();
+        let (all, strangers) = (members.iter(), introduced.iter());
+        let others = all.filter(|(id, _)| *id != lead.id).map(|(_, it)| it);
+        for other in others.chain(strangers.filter(|_| members.is_empty())) {
+            if let Ok(Ok(Answer::Seat(None))) = lead.hand_on(other, &ask).await {
                 return;
             }
         }

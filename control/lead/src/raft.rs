@@ -63,13 +63,20 @@ pub(crate) struct Member {
     pub(crate) replaces: Option<u64>,
 }
 
-impl Default for Member {
-    fn default() -> Self {
+impl Member {
+    /// A lead that takes nobody's place.
+    pub(crate) fn new(name: &str, address: SocketAddr) -> Self {
         Self {
-            name: String::new(),
-            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            name: name.to_owned(),
+            address,
             replaces: None,
         }
+    }
+}
+
+impl Default for Member {
+    fn default() -> Self {
+        Self::new("", SocketAddr::from(([0, 0, 0, 0], 0)))
     }
 }
 
@@ -130,14 +137,7 @@ pub(crate) fn members(peers: &BTreeMap<String, SocketAddr>) -> BTreeMap<u64, Mem
     peers
         .iter()
         .zip(1..)
-        .map(|((name, address), id)| {
-            let member = Member {
-                name: name.clone(),
-                address: *address,
-                replaces: None,
-            };
-            (id, member)
-        })
+        .map(|((name, address), id)| (id, Member::new(name, *address)))
         .collect()
 }
 

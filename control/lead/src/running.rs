@@ -22,7 +22,7 @@ use crate::{
     leases::Leases,
     members,
     once::Keys,
-    raft::{self, Compaction, Join, Started, Timers, network::Network, propose::Proposer},
+    raft::{self, Compaction, Join, Member, Started, Timers, network::Network, propose::Proposer},
     replica::Replica,
     revoked,
     world::World,
@@ -52,6 +52,8 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Running {
     lead: Arc<Lead>,
+    /// The leads that it was started with.
+    introduced: Vec<Member>,
     shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }
@@ -110,8 +112,14 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
+        let introduced = settings.peers.iter().chain(&settings.join.leads);
+        let introduced = introduced
+            .filter(|(name, _)| **name != lead.name)
+            .map(|(name, address)| Member::new(name, *address))
+            .collect();
         Ok(Self {
             lead,
+            introduced,
             shutdown,
             tasks,
         })
@@ -152,7 +160,7 @@ impl Running {
         let fatal = tokio::select! {
             () = self.shutdown.cancelled() => None,
             fatal = watch_raft(&self.lead) => Some(LeadError::Stopped(fatal)),
-            () = contact::removed(&self.lead) => Some(LeadError::Removed {
+            () = contact::removed(&self.lead, &self.introduced) => Some(LeadError::Removed {
                 name: self.lead.name.clone(),
                 id: self.lead.id,
             }),

@@ -35,11 +35,7 @@ impl Join {
         let mut said = false;
         loop {
             for (lead, address) in &self.leads {
-                let lead = Member {
-                    name: lead.clone(),
-                    address: *address,
-                    replaces: None,
-                };
+                let lead = Member::new(lead, *address);
                 let answer = network
                     .post::<_, Result<Option<(u64, Member)>, AskError>>(&lead, PATH, &name, ANSWER);
                 match answer.await {

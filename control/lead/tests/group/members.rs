@@ -55,6 +55,19 @@ async fn remove(mesh: &TestMesh, asked: &str, name: &str) -> (StatusCode, String
         .await
 }
 
+/// Removes a lead, as soon as a majority without it answers.
+async fn remove_soon(mesh: &TestMesh, asked: &str, name: &str) {
+    wait_for("its removal", LIMIT, async || {
+        let (status, text) = remove(mesh, asked, name).await;
+        assert!(
+            [StatusCode::OK, StatusCode::CONFLICT].contains(&status),
+            "{text}"
+        );
+        status == StatusCode::OK
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_grows_from_one_lead_to_five_and_shrinks_again_without_losing_a_change() {
     let mut mesh = TestMesh::start(&["a"]).await;
@@ -77,8 +90,7 @@ async fn a_group_grows_from_one_lead_to_five_and_shrinks_again_without_losing_a_
 
     // The leader among them: it hands over first.
     for name in ["a", "b", "c", "d"] {
-        let (status, text) = remove(&mesh, "e", name).await;
-        assert_eq!(status, StatusCode::OK, "{name}: {text}");
+        remove_soon(&mesh, "e", name).await;
         let ended = mesh.ended(name).await;
         assert!(matches!(ended, Err(LeadError::Removed { .. })), "{ended:?}");
         change(&mesh, "e").await;
@@ -129,13 +141,24 @@ async fn a_lead_that_was_removed_while_it_was_away_is_told_so() {
     let leader = mesh.leader().await;
     let [away, other] = mesh.others(&leader);
     mesh.stop(&away).await;
-    let (status, text) = remove(&mesh, &other, &away).await;
-    assert_eq!(status, StatusCode::OK, "{text}");
+    remove_soon(&mesh, &other, &away).await;
 
     mesh.start_lead(&away).await;
     let ended = mesh.ended(&away).await.unwrap_err();
     assert!(ended.to_string().contains("weft lead add"), "{ended}");
     assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lead_that_was_removed_before_it_heard_of_the_group_is_told_so() {
+    let mut mesh = TestMesh::start_some(&["a", "b", "c"], &["a", "b"]).await;
+    mesh.leader().await;
+    remove_soon(&mesh, "a", "c").await;
+
+    mesh.start_lead("c").await;
+    let ended = mesh.ended("c").await;
+    assert!(matches!(ended, Err(LeadError::Removed { .. })), "{ended:?}");
     mesh.end().await;
 }
 
