@@ -21,4 +21,4 @@ pub mod wait;
 pub use binary::binary;
 pub use cgroup::Cgroup;
 pub use netns::{Netns, Process};
-pub use wait::wait_for;
+pub use wait::{Stopwatch, wait_for};

@@ -9,7 +9,7 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::sys::{
@@ -21,7 +21,7 @@ use nix::sys::{
     time::TimeVal,
 };
 
-use crate::{Netns, wait::slowed};
+use crate::{Netns, Stopwatch, wait::slowed};
 
 mod server;
 
@@ -271,16 +271,16 @@ pub fn ping(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<()> {
     Ok(())
 }
 
-/// How long `work` takes to fail, and its error.
+/// How long `work` takes to fail, as [`Stopwatch::had`] says it, and its error.
 ///
 /// # Panics
 /// When it succeeds.
 #[track_caller]
 pub fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error) {
-    let start = Instant::now();
+    let watch = Stopwatch::start();
     match work() {
         Ok(_) => panic!("it succeeded"),
-        Err(error) => (start.elapsed(), error),
+        Err(error) => (watch.had(), error),
     }
 }
 

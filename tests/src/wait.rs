@@ -1,7 +1,7 @@
 //! Waiting for a condition instead of sleeping for a guess.
 
 use std::{
-    thread,
+    io, thread,
     time::{Duration, Instant},
 };
 
@@ -32,24 +32,50 @@ pub fn slowed(within: Duration) -> Duration {
 /// not count. The message names `what` was waited for.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
-    let (start, before) = (Instant::now(), CpuTime::now());
+    let watch = Stopwatch::start();
     let within = slowed(within);
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        let passed = start.elapsed();
-        if passed >= within {
-            let stolen = match (&before, CpuTime::now()) {
-                (Ok(before), Ok(now)) => before.stolen_until(now),
-                _ => 0.0,
-            };
-            assert!(
-                had(passed, stolen) < within,
-                "{what}: not within {within:?} ({passed:?}, of which {stolen:.2} was stolen)"
-            );
-        }
+        let passed = watch.start.elapsed();
+        assert!(
+            passed < within || watch.had() < within,
+            "{what}: not within {within:?} ({passed:?}, of which {:.2} was stolen)",
+            watch.stolen()
+        );
         thread::sleep(REST);
+    }
+}
+
+/// Measures how long something took, but for what the host gave to others meanwhile.
+#[derive(Debug)]
+pub struct Stopwatch {
+    start: Instant,
+    before: io::Result<CpuTime>,
+}
+
+impl Stopwatch {
+    /// Starts one.
+    #[must_use]
+    pub fn start() -> Self {
+        Self {
+            start: Instant::now(),
+            before: CpuTime::now(),
+        }
+    }
+
+    /// The time that the machine had since the start.
+    #[must_use]
+    pub fn had(&self) -> Duration {
+        had(self.start.elapsed(), self.stolen())
+    }
+
+    fn stolen(&self) -> f64 {
+        match (&self.before, CpuTime::now()) {
+            (Ok(before), Ok(now)) => before.stolen_until(now),
+            _ => 0.0,
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     io::ErrorKind,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use netmanager_api::{
@@ -17,6 +17,7 @@ use netmanager_api::{
     table::BackendState::{Draining, Ready},
 };
 use weft_tests::{
+    Stopwatch,
     traffic::{call, datagram, echo, failure, ping},
     wait_for,
 };
@@ -91,9 +92,9 @@ fn a_daemon_killed_and_started_again_is_not_noticed_by_a_stream() {
         let exchange = scope.spawn(|| {
             let (mut exchanges, mut longest) = (0u32, Duration::ZERO);
             while !stop.load(Ordering::Relaxed) {
-                let start = Instant::now();
+                let watch = Stopwatch::start();
                 echo(&mut stream, &[1; 500]).unwrap();
-                longest = longest.max(start.elapsed());
+                longest = longest.max(watch.had());
                 exchanges += 1;
             }
             (exchanges, longest)

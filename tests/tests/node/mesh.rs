@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use ebpf_common::addr::Policy;
@@ -25,7 +25,7 @@ use weft_netmanager::{
     wireguard::{generation::Generations, key::PrivateKey},
 };
 use weft_tests::{
-    Netns,
+    Netns, Stopwatch,
     topology::pair,
     traffic::{call, datagram, echo, ping},
     wait_for,
@@ -218,9 +218,9 @@ fn both_daemons_killed_and_started_again_are_not_noticed_by_a_stream_between_the
         let exchange = scope.spawn(|| {
             let mut longest = Duration::ZERO;
             while !stop.load(Ordering::Relaxed) {
-                let start = Instant::now();
+                let watch = Stopwatch::start();
                 echo(&mut stream, &[1; 500]).unwrap();
-                longest = longest.max(start.elapsed());
+                longest = longest.max(watch.had());
             }
             longest
         });
@@ -242,7 +242,7 @@ fn a_node_skips_backends_behind_a_peer_that_does_not_answer_and_takes_them_back(
     let mesh = Mesh::start("mlost");
     mesh.wait_connected();
     let only = |who: &'static [&'static str]| {
-        let from = Instant::now();
+        let from = Stopwatch::start();
         wait_for("the answers follow the probes", SOON, || {
             let vip = vip(Policy::Balanced, None).addr6;
             let mut found: Vec<String> = (0..12)
@@ -253,7 +253,7 @@ fn a_node_skips_backends_behind_a_peer_that_does_not_answer_and_takes_them_back(
             found.dedup();
             (found == who).then_some(())
         });
-        from.elapsed()
+        from.had()
     };
     mesh.b.netns.ip("link set eth0 down").unwrap();
     let after = only(&["here"]);
