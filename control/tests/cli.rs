@@ -288,3 +288,60 @@ fn a_lead_says_what_its_first_start_lacks() {
         assert!(error.contains(part), "{error}");
     }
 }
+
+/// A lead of its own group, whose shell did `limits` before.
+fn lead_within(dir: &Path, limits: &str) -> Child {
+    let address = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = address.local_addr().unwrap().to_string();
+    Command::new("sh")
+        .args(["-c", &format!("{limits}; exec \"$0\" \"$@\"")])
+        .arg(env!("CARGO_BIN_EXE_weft"))
+        .args(["lead", "--name", "a", "--data", "data"])
+        .args(["--credentials", "lead-a", "--mesh", "ca/mesh.json"])
+        .args(["--listen", &address, "--peer", &format!("a={address}")])
+        .current_dir(dir)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// What a process may open now, soft and hard (proc_pid_limits(5)).
+fn open_files(pid: u32) -> Option<(u64, u64)> {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))?;
+    let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
+}
+
+#[test]
+fn a_lead_raises_its_limit_of_descriptors_and_says_where_it_does_not_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    done(dir, &["init", "--dir", "ca", "--mesh", "demo"]);
+    cert(dir, "lead", "a");
+
+    let mut lead = lead_within(dir, "ulimit -Sn 256");
+    let end = Instant::now() + LIMIT;
+    loop {
+        let (soft, hard) = open_files(lead.id()).unwrap();
+        let is_lead = std::fs::read_link(format!("/proc/{}/exe", lead.id()))
+            .is_ok_and(|program| program.ends_with("weft"));
+        // For 4,096 connections of agents and leads, 256 by tokens, and its own.
+        if is_lead && soft == hard.min(4_608) {
+            break;
+        }
+        assert!(Instant::now() < end, "{soft}, {hard}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    lead.kill().unwrap();
+    lead.wait().unwrap();
+
+    let lead = lead_within(dir, "ulimit -Sn 300; ulimit -Hn 300");
+    let output = lead.wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("may open 300 files"), "{error}");
+    assert!(error.contains("LimitNOFILE"), "{error}");
+}

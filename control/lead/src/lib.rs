@@ -18,6 +18,7 @@ mod board;
 mod claims;
 mod contact;
 mod control;
+mod descriptors;
 pub mod dial;
 mod door;
 mod lead;
@@ -132,6 +133,18 @@ pub enum LeadError {
         #[source]
         source: std::io::Error,
     },
+    /// The process may not open enough files.
+    #[error(
+        "this process may open {limit} files, and a lead needs {needed}, {wanted} to hold every connection: raise the hard limit (LimitNOFILE= of systemd, ulimit -Hn)"
+    )]
+    Descriptors {
+        /// What it may open.
+        limit: u64,
+        /// The least that serves.
+        needed: u64,
+        /// What all connections take.
+        wanted: u64,
+    },
     /// Raft did not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -186,6 +199,7 @@ pub async fn serve(
     listeners: Listeners,
     shutdown: CancellationToken,
 ) -> Result<(), LeadError> {
+    let connections = descriptors::raise()?;
     let bad_credentials = |source| LeadError::Credentials {
         dir: options.credentials.clone(),
         source,
@@ -222,7 +236,7 @@ pub async fn serve(
         tls,
         revoked: Some(revoked),
         routes: running.routes(),
-        connections: door::CONNECTIONS,
+        connections,
     };
     running.tasks.spawn(door.serve(shutdown.clone()));
     if let Some(listener) = listeners.tokens {
