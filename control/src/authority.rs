@@ -1,12 +1,12 @@
-//! `weft init` and `weft cert`.
+//! `weft init`, `weft cert`, `weft renew` and `weft authority`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
 use netmanager_api::identity::{Access, Role};
-use weft_lead::authority::{self, DEFAULT_PREFIX4, Wish};
+use weft_lead::authority::{self, DEFAULT_PREFIX4, Wish, rotation};
 
 /// Makes a mesh.
 #[derive(Debug, Args)]
@@ -99,6 +99,71 @@ impl Cert {
         };
         let identity = authority::issue(&self.ca, role, &self.out)?;
         println!("{identity} is in {}", self.out.display());
+        Ok(())
+    }
+}
+
+/// Issues new certificates to their holders.
+#[derive(Debug, Args)]
+pub(crate) struct Renew {
+    /// The folder that `weft init` made.
+    #[arg(long, value_name = "DIR")]
+    ca: PathBuf,
+    /// Folders that `weft cert` made: tls.crt, tls.key and ca.crt are replaced, whoever runs with them takes them in seconds.
+    #[arg(required = true, value_name = "DIR")]
+    folders: Vec<PathBuf>,
+}
+
+impl Renew {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        for folder in &self.folders {
+            let identity = rotation::renew(&self.ca, folder)?;
+            println!("{identity} in {} is new", folder.display());
+        }
+        Ok(())
+    }
+}
+
+/// Puts another authority in the place of the mesh's, without an interruption.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Authority {
+    /// Makes the next authority, which counts from now on.
+    Prepare(Folder),
+    /// Lets the next authority sign, and deletes the old one's key.
+    Switch(Folder),
+    /// Lets the old authority count no more.
+    Retire(Folder),
+}
+
+/// Where the authority is.
+#[derive(Debug, Args)]
+pub(crate) struct Folder {
+    /// The folder that `weft init` made.
+    #[arg(long, value_name = "DIR")]
+    ca: PathBuf,
+}
+
+impl Authority {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let (step, folder, next): (fn(&Path) -> _, _, _) = match self {
+            Self::Prepare(folder) => (
+                rotation::prepare,
+                folder,
+                "copy it to every folder of a lead, agent, node and user, then: weft authority switch",
+            ),
+            Self::Switch(folder) => (
+                rotation::switch,
+                folder,
+                "every certificate is to be issued anew (weft renew), then: weft authority retire",
+            ),
+            Self::Retire(folder) => (
+                rotation::retire,
+                folder,
+                "copy it to every folder of a lead, agent, node and user",
+            ),
+        };
+        step(&folder.ca)?;
+        println!("{} is new: {next}", folder.ca.join("ca.crt").display());
         Ok(())
     }
 }

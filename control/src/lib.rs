@@ -35,6 +35,11 @@ enum Command {
     Init(authority::Init),
     /// Issues a certificate.
     Cert(authority::Cert),
+    /// Issues new certificates to the holders of old ones.
+    Renew(authority::Renew),
+    /// Puts another certificate authority in the place of the mesh's.
+    #[command(subcommand)]
+    Authority(authority::Authority),
     /// Revokes certificates.
     #[command(subcommand)]
     Certificate(security::Certificates),
@@ -96,6 +101,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Init(init) => init.run(),
         Command::Cert(cert) => cert.run(),
+        Command::Renew(renew) => renew.run(),
+        Command::Authority(step) => step.run(),
         Command::Certificate(certificates) => certificates.run(),
         Command::Token(token) => token.run(),
         Command::Audit(audit) => audit.run(),

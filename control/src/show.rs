@@ -222,7 +222,15 @@ impl Rows for Migration {
 
 impl Rows for Lead {
     const HEADER: &'static [&'static str] = &[
-        "LEAD", "MEMBER", "ADDRESS", "ROLE", "ANSWERS", "LOG", "APPLIED", "VERSION",
+        "LEAD",
+        "MEMBER",
+        "ADDRESS",
+        "ROLE",
+        "ANSWERS",
+        "LOG",
+        "APPLIED",
+        "VERSION",
+        "AUTHORITIES",
     ];
 
     fn row(&self) -> Vec<String> {
@@ -235,8 +243,16 @@ impl Rows for Lead {
             or_dash(self.log_index),
             or_dash(self.applied_index),
             or_dash(self.version.as_ref()),
+            or_dash(authorities(&self.authorities)),
         ]
     }
+}
+
+/// The beginning of each fingerprint, which is enough to tell them apart.
+fn authorities(fingerprints: &[String]) -> Option<String> {
+    let short = fingerprints.iter().map(|it| it.get(..8).unwrap_or(it));
+    let short: Vec<_> = short.collect();
+    (!short.is_empty()).then(|| short.join(","))
 }
 
 /// That the group waits for a lead, and how it is started.

@@ -151,6 +151,10 @@ impl<D: Driver> Agent<D> {
         };
         let end = shutdown.child_token();
         let mut tasks = JoinSet::new();
+        let (following, ends) = (self.credentials.follow(), end.clone());
+        tasks.spawn(finish(async move {
+            ends.run_until_cancelled(following).await;
+        }));
         tasks.spawn(finish(leads.run(end.clone())));
         tasks.spawn(finish(engine.run(end.clone())));
         let serving = door.serve(self.listener, server, end.clone());

@@ -421,6 +421,9 @@ pub struct Lead {
     pub applied_index: Option<u64>,
     /// Its version.
     pub version: Option<String>,
+    /// The authorities whose certificates it accepts, the one that signs first: SHA-256, hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub authorities: Vec<String>,
     /// The number of the lead that leaves once this one is a voter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<u64>,

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!  DIR/ca.crt  DIR/ca.key (0600)  DIR/mesh.json          by init
-//!  OUT/ca.crt  OUT/tls.crt  OUT/tls.key (0600)           by cert
+//!  OUT/ca.crt  OUT/tls.crt  OUT/tls.key (0600)           by cert; replaced by renew
 //! ```
 //!
-//! The CA's key stays where it was made: it is never sent and never in the log. Nothing here overwrites a file.
+//! The CA's key stays where it was made: it is never sent and never in the log. Nothing here overwrites a file; what
+//! replaces some is [`rotation`].
+
+pub mod rotation;
 
 use std::{
     fs::{self, OpenOptions},
@@ -16,7 +19,7 @@ use std::{
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use netmanager_api::identity::{BACKDATED, Identity, Role, SERVER_NAME, is_label};
+use netmanager_api::identity::{BACKDATED, Identity, IdentityError, Role, SERVER_NAME, is_label};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -114,6 +117,41 @@ pub enum AuthorityError {
         #[source]
         source: rcgen::Error,
     },
+    /// A step of a rotation before the one that it follows.
+    #[error("{} {problem}: first {first}", dir.display())]
+    Order {
+        /// The authority's folder.
+        dir: PathBuf,
+        /// What it has or lacks.
+        problem: &'static str,
+        /// The command that comes first.
+        first: &'static str,
+    },
+    /// No certificate of an authority.
+    #[error("{} holds no certificate", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A certificate that names nobody.
+    #[error("{} names no holder to renew it for", path.display())]
+    Holder {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: IdentityError,
+    },
+    /// A certificate of another mesh.
+    #[error("{} is of {identity}, and this authority's mesh is {mesh:?}", path.display())]
+    OtherMesh {
+        /// The file.
+        path: PathBuf,
+        /// Its holder.
+        identity: Identity,
+        /// The authority's mesh.
+        mesh: String,
+    },
     /// The system gave no random numbers.
     #[error("the operating system gave no random numbers")]
     Random,
@@ -168,23 +206,41 @@ pub fn issue(ca: &Path, role: Role, out: &Path) -> Result<Identity, AuthorityErr
     let identity = Identity { mesh, role };
     let paths = ["tls.crt", "tls.key", "ca.crt"].map(|name| out.join(name));
     refuse_existing(&paths)?;
+    let signed = sign(ca, &identity)?;
+    make_dir(out)?;
+    let [crt, key_path, authority] = &paths;
+    write_new(key_path, signed.key.as_bytes(), 0o600)?;
+    write_new(crt, signed.certificate.as_bytes(), 0o644)?;
+    write_new(authority, signed.authorities.as_bytes(), 0o644)?;
+    Ok(identity)
+}
+
+/// What a holder gets, PEM.
+struct Signed {
+    certificate: String,
+    key: String,
+    /// Every authority that counts.
+    authorities: String,
+}
+
+/// A certificate for `identity` with a key of its own.
+fn sign(ca: &Path, identity: &Identity) -> Result<Signed, AuthorityError> {
     let failed = |source| AuthorityError::Certificate {
         dir: ca.to_owned(),
         source,
     };
-    let ca_pem = read(&ca.join("ca.crt"))?;
+    let signer = rotation::signer(ca)?;
     let ca_key = KeyPair::from_pem(&read(&ca.join("ca.key"))?).map_err(failed)?;
-    let issuer = Issuer::from_ca_cert_pem(&ca_pem, ca_key).map_err(failed)?;
+    let issuer = Issuer::from_ca_cert_pem(&signer, ca_key).map_err(failed)?;
     let key = KeyPair::generate().map_err(failed)?;
-    let certificate = leaf_params(&identity)
+    let certificate = leaf_params(identity)
         .and_then(|params| params.signed_by(&key, &issuer))
         .map_err(failed)?;
-    make_dir(out)?;
-    let [crt, key_path, authority] = &paths;
-    write_new(key_path, key.serialize_pem().as_bytes(), 0o600)?;
-    write_new(crt, certificate.pem().as_bytes(), 0o644)?;
-    write_new(authority, ca_pem.as_bytes(), 0o644)?;
-    Ok(identity)
+    Ok(Signed {
+        certificate: certificate.pem(),
+        key: key.serialize_pem(),
+        authorities: read(&ca.join("ca.crt"))?,
+    })
 }
 
 fn mesh(wish: &Wish) -> Result<MeshFile, AuthorityError> {

@@ -90,7 +90,8 @@ pub async fn exchange(
 #[derive(Debug)]
 pub(crate) struct Connections {
     credentials: Arc<Credentials>,
-    channels: Mutex<BTreeMap<String, Channel>>,
+    /// With the generation of the credentials that each was made with.
+    channels: Mutex<BTreeMap<String, (u64, Channel)>>,
 }
 
 impl Connections {
@@ -110,7 +111,16 @@ impl Connections {
             dial(&self.credentials, address, is_it)
                 .expect("the credentials opened this lead's own door before")
         };
-        channels.entry(key).or_insert_with(connect).clone()
+        // What is under way on an old one is answered there.
+        let now = self.credentials.generation();
+        match channels.get(&key) {
+            Some((made, channel)) if *made == now => channel.clone(),
+            _ => {
+                let channel = connect();
+                channels.insert(key, (now, channel.clone()));
+                channel
+            }
+        }
     }
 }
 

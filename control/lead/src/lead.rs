@@ -8,14 +8,14 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use control_core::{base::ClusterState, command::Command, name::Name};
-use netmanager_api::conditions::Conditions;
+use netmanager_api::{conditions::Conditions, identity::RevokedList};
 use openraft::{LogId, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -177,6 +177,8 @@ pub(crate) struct Lead {
     pub(crate) in_touch: watch::Sender<bool>,
     /// Held by whoever changes the membership.
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// What its doors take for revoked, and by which authorities they know anybody; nothing without a socket.
+    pub(crate) revoked: OnceLock<RevokedList>,
     /// The end of its log when it started.
     pub(crate) began_at: Option<LogId<u64>>,
 }

@@ -208,7 +208,7 @@ pub async fn serve(
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
     let tls_for_tokens = door::tls_for_tokens(&credentials).map_err(bad_credentials)?;
-    let revoked = credentials.revoked();
+    let (revoked, following) = (credentials.revoked(), credentials.follow());
     let world = World {
         storage: Arc::new(Folder(options.data)),
         wire: Arc::new(Connections::new(Arc::new(credentials))),
@@ -231,6 +231,9 @@ pub async fn serve(
     };
     tracing::info!(name = options.name, listen = %options.listen, "lead started");
     running.follow_revocations(revoked.clone());
+    let end = shutdown.clone();
+    let following = async move { end.run_until_cancelled(following).await };
+    running.tasks.spawn(following);
     let door = Door {
         listener: listeners.door,
         tls,

@@ -23,6 +23,7 @@ use crate::{
         propose::ProposeError,
     },
 };
+use netmanager_api::identity::RevokedList;
 
 /// Where a lead says how it is.
 pub(crate) const ABOUT: &str = "/raft/v1/about";
@@ -39,6 +40,11 @@ impl Lead {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             level: LEVEL,
             applied: self.replica.applied(),
+            authorities: self
+                .revoked
+                .get()
+                .map(RevokedList::authorities)
+                .unwrap_or_default(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -102,6 +102,7 @@ impl Running {
             gives_way: AtomicBool::new(false),
             in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
+            revoked: OnceLock::new(),
             began_at,
         });
         let tasks = TaskTracker::new();
@@ -143,6 +144,7 @@ impl Running {
     /// Keeps `list` what the leads have revoked.
     pub(crate) fn follow_revocations(&self, list: RevokedList) {
         revoked::show(&self.lead.replica, &list);
+        self.lead.revoked.get_or_init(|| list.clone());
         let following = revoked::follow(self.lead.clone(), list);
         self.tasks.spawn(until(self.shutdown.clone(), following));
     }

@@ -13,6 +13,7 @@
 //! module does *not* issue certificates.
 
 mod access;
+mod held;
 mod revoked;
 mod shown;
 mod verify;
@@ -22,16 +23,19 @@ use std::{fmt, fs, path::Path, str::FromStr, sync::Arc};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::{Resumption, WebPkiServerVerifier},
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    server::NoServerSessionStorage,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls_pki_types::{CertificateDer, pem::PemObject};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use self::verify::{ClientCheck, ServerCheck};
 pub use self::{
     access::Access,
     revoked::{Revoked, RevokedList},
     shown::{BACKDATED, Guarded, Shown},
+};
+use self::{
+    held::Held,
+    verify::{Chain, ClientCheck, ServerCheck},
 };
 
 /// What the holder of a certificate may be.
@@ -129,6 +133,19 @@ pub enum IdentityError {
     /// TLS refuses the key or the certificates.
     #[error("the key and certificates do not serve for TLS")]
     Tls(#[source] rustls::Error),
+    /// New credentials of another holder.
+    #[error(
+        "the new certificate is {is}, this is {was}: start another process for another identity"
+    )]
+    Changed {
+        /// Who this process is.
+        was: String,
+        /// Whom the new certificate names.
+        is: String,
+    },
+    /// New credentials that nobody with the same authorities would accept.
+    #[error("the own authorities (ca.crt) do not vouch for the new certificate")]
+    Own(#[source] rustls::Error),
     /// The certificate authority does not serve.
     #[error("the certificate authority does not serve: {0}")]
     Authority(String),
@@ -229,14 +246,12 @@ impl Identity {
     }
 }
 
-/// A key, its certificate chain and the mesh's CA: what a process needs to knock and to open.
+/// A key, its certificate chain and the mesh's authorities: what a process needs to knock and to open.
 #[derive(Debug)]
 pub struct Credentials {
     /// Who this process is.
     pub identity: Identity,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-    roots: Arc<RootCertStore>,
+    held: Arc<Held>,
     revoked: RevokedList,
 }
 
@@ -244,26 +259,28 @@ impl Credentials {
     /// Reads `tls.crt` (own certificate first), `tls.key` (mode 0600) and `ca.crt` from `dir`.
     ///
     /// # Errors
-    /// When a file is missing, not PEM, or the key is readable by others.
+    /// When a file is missing, not PEM, or the key is readable by others, or not the certificate's.
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
-        let chain = certificates(&dir.join("tls.crt"))?;
-        let key_path = dir.join("tls.key");
-        check_key_mode(&key_path)?;
-        let key = PrivateKeyDer::from_pem_file(&key_path)
-            .map_err(|source| file_error(&key_path, source))?;
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&dir.join("ca.crt"))? {
-            roots.add(certificate).map_err(IdentityError::Tls)?;
-        }
-        let own = chain.first().ok_or(IdentityError::Count(0))?;
-        let identity = Identity::of_certificate(own)?;
+        let held = Arc::new(Held::load(dir)?);
         Ok(Self {
-            identity,
-            chain,
-            key,
-            roots: Arc::new(roots),
-            revoked: RevokedList::default(),
+            identity: held.identity(),
+            revoked: RevokedList::of(held.clone()),
+            held,
         })
+    }
+
+    /// Takes what is new in the folder, for the same identity, within seconds: for every handshake from then on of the
+    /// TLS that was made of these credentials, and whoever an authority vouched for that is not there any more is
+    /// disconnected. Runs until it is dropped.
+    pub fn follow(&self) -> impl Future<Output = ()> + Send + 'static {
+        let held = self.held.clone();
+        async move { held.follow().await }
+    }
+
+    /// Counts how often something new was taken: a connection that was made before shows what is old.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.held.generation()
     }
 
     /// What these credentials' doors and calls take for revoked; empty until it is set.
@@ -278,17 +295,13 @@ impl Credentials {
     /// # Errors
     /// When the key and the certificates do not belong together.
     pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, IdentityError> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider())
-            .build()
-            .map_err(|error| IdentityError::Authority(error.to_string()))?;
         let mesh = self.identity.mesh.clone();
-        let verifier = ClientCheck::new(verifier, Some(mesh), self.revoked.clone());
+        let verifier = ClientCheck::new(self.held.clone(), mesh, self.revoked.clone());
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
             .with_client_cert_verifier(Arc::new(verifier))
-            .with_single_cert(self.chain.clone(), self.key.clone_key())
-            .map_err(IdentityError::Tls)?;
+            .with_cert_resolver(self.held.clone());
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
@@ -304,8 +317,7 @@ impl Credentials {
             .with_safe_default_protocol_versions()
             .map_err(IdentityError::Tls)?
             .with_no_client_auth()
-            .with_single_cert(self.chain.clone(), self.key.clone_key())
-            .map_err(IdentityError::Tls)?;
+            .with_cert_resolver(self.held.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -319,9 +331,7 @@ impl Credentials {
         alpn: &[&[u8]],
         accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
     ) -> Result<Arc<ClientConfig>, IdentityError> {
-        let chain = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), provider())
-            .build()
-            .map_err(|error| IdentityError::Authority(error.to_string()))?;
+        let chain = Chain::Held(self.held.clone());
         let mesh = self.identity.mesh.clone();
         let verifier = ServerCheck::new(chain, Some(mesh), self.revoked.clone(), Box::new(accept));
         let mut config = ClientConfig::builder_with_provider(provider())
@@ -329,8 +339,7 @@ impl Credentials {
             .map_err(IdentityError::Tls)?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
-            .map_err(IdentityError::Tls)?;
+            .with_client_cert_resolver(self.held.clone());
         config.resumption = Resumption::disabled();
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
@@ -354,6 +363,7 @@ pub fn client_without_certificate(
     let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
         .build()
         .map_err(|error| IdentityError::Authority(error.to_string()))?;
+    let chain = Chain::Fixed(chain);
     let verifier = ServerCheck::new(chain, None, RevokedList::default(), Box::new(accept));
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()

@@ -4,6 +4,7 @@
 mod authority;
 mod doors;
 mod fake;
+mod renewal;
 
 use std::{
     collections::BTreeMap,

@@ -30,7 +30,11 @@ fn show(seat: Seat) -> Shown {
         answers: seat.about.is_some(),
         log_index: seat.matched,
         applied_index: seat.about.as_ref().map(|about| about.applied),
-        version: seat.about.map(|about| about.version),
+        version: seat.about.as_ref().map(|about| about.version.clone()),
+        authorities: seat
+            .about
+            .map(|about| about.authorities)
+            .unwrap_or_default(),
         replaces: seat.member.replaces,
     }
 }

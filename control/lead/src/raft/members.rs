@@ -44,6 +44,9 @@ pub(crate) struct About {
     pub(crate) level: u32,
     /// The last entry that it has applied.
     pub(crate) applied: u64,
+    /// The fingerprints of the authorities whose certificates it accepts; none from a lead that does not say.
+    #[serde(default)]
+    pub(crate) authorities: Vec<String>,
 }
 
 /// The group at one moment.
@@ -319,6 +322,7 @@ mod tests {
                 level,
                 version: String::new(),
                 applied: 0,
+                authorities: Vec::new(),
             };
             (id, Some(about))
         };

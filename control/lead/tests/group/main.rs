@@ -8,6 +8,7 @@ mod members;
 mod mesh;
 mod once;
 mod relay;
+mod rotation;
 mod security;
 
 use std::time::{Duration, Instant};

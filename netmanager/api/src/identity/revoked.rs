@@ -15,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::Shown;
+use super::{Shown, held::Held};
 
 /// What is revoked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,18 +51,43 @@ impl Revoked {
 
 /// What is revoked, as the doors of one process look it up; clones are the same list.
 #[derive(Clone, Debug, Default)]
-pub struct RevokedList(Arc<RwLock<Revoked>>);
+pub struct RevokedList {
+    revoked: Arc<RwLock<Revoked>>,
+    /// The authorities that count; `None` where nobody holds any.
+    held: Option<Arc<Held>>,
+}
 
 impl RevokedList {
+    pub(super) fn of(held: Arc<Held>) -> Self {
+        Self {
+            revoked: Arc::default(),
+            held: Some(held),
+        }
+    }
+
+    /// False when the authorities have changed since `asked`, and none vouches for who has shown this.
+    pub(super) fn has_an_authority_for(&self, shown: &Shown, asked: &mut u64) -> bool {
+        let held = self.held.as_ref();
+        held.is_none_or(|held| held.vouches_for(shown, asked))
+    }
+
+    /// The fingerprints of the authorities that count, the one that signs first; none where nobody holds any.
+    #[must_use]
+    pub fn authorities(&self) -> Vec<String> {
+        let held = self.held.as_ref();
+        held.map(|held| held.current().authorities.clone())
+            .unwrap_or_default()
+    }
+
     /// From now on this is revoked, and nothing else.
     pub fn set(&self, revoked: Revoked) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = revoked;
+        *self.revoked.write().unwrap_or_else(PoisonError::into_inner) = revoked;
     }
 
     /// Whether this certificate is revoked.
     #[must_use]
     pub fn holds(&self, shown: &Shown) -> bool {
-        self.0
+        self.revoked
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .holds(shown)
@@ -79,6 +104,7 @@ mod tests {
             fingerprint: format!("{issued_ms:064x}"),
             issued_ms,
             expires_ms: u64::MAX,
+            chain: Vec::new(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use rustls::CommonState;
@@ -19,6 +19,10 @@ use super::{Identity, IdentityError, RevokedList, fingerprint};
 /// Certificates begin this long before they are issued, because clocks differ.
 pub const BACKDATED: Duration = Duration::from_secs(300);
 
+/// How long a connection may go on when its authority counts no more: new ones are made at once, and what was asked on
+/// the old one is answered there.
+const UNDER_WAY: Duration = Duration::from_secs(10);
+
 /// What a certificate says, and which one it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shown {
@@ -30,6 +34,8 @@ pub struct Shown {
     pub issued_ms: u64,
     /// When it ends, milliseconds since the Unix epoch.
     pub expires_ms: u64,
+    /// All that was shown, the holder's own certificate first; empty where it was not shown on a connection.
+    pub(super) chain: Vec<CertificateDer<'static>>,
 }
 
 impl Shown {
@@ -49,6 +55,7 @@ impl Shown {
             fingerprint: fingerprint(certificate),
             issued_ms: ms(validity.not_before.timestamp().saturating_add(backdated)),
             expires_ms: ms(validity.not_after.timestamp()),
+            chain: Vec::new(),
         })
     }
 
@@ -66,19 +73,27 @@ impl Shown {
     /// # Errors
     /// As [`Shown::of_certificate`], and when it showed nothing.
     pub fn of_peer(session: &CommonState) -> Result<Self, IdentityError> {
-        let shown = session.peer_certificates().and_then(<[_]>::first);
-        Self::of_certificate(shown.ok_or(IdentityError::Count(0))?)
+        let chain = session.peer_certificates().unwrap_or_default();
+        let own = chain.first().ok_or(IdentityError::Count(0))?;
+        Ok(Self {
+            chain: chain
+                .iter()
+                .cloned()
+                .map(CertificateDer::into_owned)
+                .collect(),
+            ..Self::of_certificate(own)?
+        })
     }
 
-    /// Whether it has expired.
-    fn is_over(&self) -> bool {
+    /// How long until it expires; zero once it has.
+    pub(super) fn expires_in(&self) -> Duration {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let now_ms = now.map_or(0, |now| now.as_millis());
-        now_ms > u128::from(self.expires_ms)
+        Duration::from_millis(self.expires_ms).saturating_sub(now.unwrap_or_default())
     }
 }
 
-/// A connection whose other end showed a certificate; it breaks when that one is revoked or expires.
+/// A connection whose other end showed a certificate; it breaks when that one is revoked or expires, or its
+/// authority is one of the mesh's no more.
 ///
 /// Looked at whenever something is read: pings make that a matter of seconds, of who knocks as of who opens.
 #[derive(Debug)]
@@ -86,6 +101,10 @@ pub struct Guarded<S> {
     stream: S,
     shown: Arc<Shown>,
     revoked: RevokedList,
+    /// Which authorities vouched for it last.
+    vouched: u64,
+    /// Since when none does.
+    alone_since: Option<Instant>,
 }
 
 impl<S> Guarded<S> {
@@ -95,6 +114,8 @@ impl<S> Guarded<S> {
             stream,
             shown,
             revoked,
+            vouched: 0,
+            alone_since: None,
         }
     }
 
@@ -104,11 +125,25 @@ impl<S> Guarded<S> {
         &self.shown
     }
 
-    fn check(&self) -> io::Result<()> {
+    /// Whether no authority has vouched for it for long enough that what was under way has ended.
+    fn is_alone(&mut self) -> bool {
+        if !self
+            .revoked
+            .has_an_authority_for(&self.shown, &mut self.vouched)
+        {
+            self.alone_since = Some(Instant::now());
+        }
+        self.alone_since
+            .is_some_and(|since| since.elapsed() >= UNDER_WAY)
+    }
+
+    fn check(&mut self) -> io::Result<()> {
         let problem = if self.revoked.holds(&self.shown) {
             "is revoked"
-        } else if self.shown.is_over() {
+        } else if self.shown.expires_in().is_zero() {
             "has expired"
+        } else if self.is_alone() {
+            "is of an authority that counts no more"
         } else {
             return Ok(());
         };

@@ -19,7 +19,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use super::{RevokedList, Role, Shown};
+use super::{RevokedList, Role, Shown, held::Held};
 
 /// What is checked after the chain.
 struct Check {
@@ -57,18 +57,15 @@ fn refused(certificate: &CertificateDer<'_>, error: &Error) {
 
 /// Accepts a client whose certificate is of this mesh's CA, names one identity of this mesh and is not revoked.
 pub(super) struct ClientCheck {
-    chain: Arc<dyn ClientCertVerifier>,
+    held: Arc<Held>,
     check: Check,
 }
 
 impl ClientCheck {
-    pub(super) fn new(
-        chain: Arc<dyn ClientCertVerifier>,
-        mesh: Option<String>,
-        revoked: RevokedList,
-    ) -> Self {
+    pub(super) fn new(held: Arc<Held>, mesh: String, revoked: RevokedList) -> Self {
+        let mesh = Some(mesh);
         Self {
-            chain,
+            held,
             check: Check { mesh, revoked },
         }
     }
@@ -84,7 +81,8 @@ impl fmt::Debug for ClientCheck {
 
 impl ClientCertVerifier for ClientCheck {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        // Whoever knocks has one certificate; which authorities count may change at any time.
+        &[]
     }
 
     fn verify_client_cert(
@@ -94,7 +92,9 @@ impl ClientCertVerifier for ClientCheck {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let chain = self
-            .chain
+            .held
+            .current()
+            .clients
             .verify_client_cert(end_entity, intermediates, now);
         let verified = chain.and_then(|verified| {
             self.check.shown(end_entity)?;
@@ -109,7 +109,9 @@ impl ClientCertVerifier for ClientCheck {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain
+        self.held
+            .current()
+            .clients
             .verify_tls12_signature(message, certificate, signed)
     }
 
@@ -119,26 +121,45 @@ impl ClientCertVerifier for ClientCheck {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain
+        self.held
+            .current()
+            .clients
             .verify_tls13_signature(message, certificate, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.held.current().clients.supported_verify_schemes()
+    }
+}
+
+/// By which authorities a server is known.
+pub(super) enum Chain {
+    /// Those that the process holds now.
+    Held(Arc<Held>),
+    /// These.
+    Fixed(Arc<WebPkiServerVerifier>),
+}
+
+impl Chain {
+    fn now(&self) -> Arc<WebPkiServerVerifier> {
+        match self {
+            Self::Held(held) => held.current().servers.clone(),
+            Self::Fixed(chain) => chain.clone(),
+        }
     }
 }
 
 /// Accepts a server whose chain leads to the mesh's CA, whose certificate is for
 /// [`SERVER_NAME`](super::SERVER_NAME), is not revoked, and whose role the caller accepts.
 pub(super) struct ServerCheck {
-    chain: Arc<WebPkiServerVerifier>,
+    chain: Chain,
     check: Check,
     accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
 }
 
 impl ServerCheck {
     pub(super) fn new(
-        chain: Arc<WebPkiServerVerifier>,
+        chain: Chain,
         mesh: Option<String>,
         revoked: RevokedList,
         accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
@@ -168,7 +189,7 @@ impl ServerCertVerifier for ServerCheck {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified = self.chain.verify_server_cert(
+        let verified = self.chain.now().verify_server_cert(
             end_entity,
             intermediates,
             server_name,
@@ -191,6 +212,7 @@ impl ServerCertVerifier for ServerCheck {
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         self.chain
+            .now()
             .verify_tls12_signature(message, certificate, signed)
     }
 
@@ -201,10 +223,11 @@ impl ServerCertVerifier for ServerCheck {
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         self.chain
+            .now()
             .verify_tls13_signature(message, certificate, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.chain.now().supported_verify_schemes()
     }
 }

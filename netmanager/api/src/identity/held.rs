@@ -1,0 +1,468 @@
+//! The key, the certificate and the authorities that a process holds, and what takes their place while it runs.
+//!
+//! ```text
+//!  DIR/tls.crt tls.key ca.crt --every few seconds--> the same twice? serves? --> Current
+//!                                                                  '--> every new handshake, both sides
+//!                                                                  '--> Guarded: who an authority that left vouched for
+//! ```
+//!
+//! So a certificate is renewed, and the mesh's authority replaced, without a restart and without a connection less. Files
+//! are replaced one after the other: what does not belong together is not taken, and what served goes on.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use rustls::{
+    RootCertStore, SignatureScheme,
+    client::{ResolvesClientCert, WebPkiServerVerifier},
+    server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier},
+    sign::CertifiedKey,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem, pem::PemObject};
+use tokio::time::{Instant, sleep};
+
+use super::{Identity, IdentityError, Shown, check_key_mode, file_error, fingerprint, provider};
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(2);
+/// How long before its end a certificate is complained of, and how often.
+const SOON: Duration = Duration::from_secs(30 * DAY.as_secs());
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// The files of a folder, as they are.
+#[derive(Clone, PartialEq, Eq)]
+struct Files {
+    chain: Vec<u8>,
+    key: Vec<u8>,
+    authorities: Vec<u8>,
+}
+
+impl Files {
+    fn read(dir: &Path) -> Result<Self, IdentityError> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            fs::read(&path).map_err(|error| file_error(&path, pem::Error::Io(error)))
+        };
+        let chain = read("tls.crt")?;
+        check_key_mode(&dir.join("tls.key"))?;
+        Ok(Self {
+            chain,
+            key: read("tls.key")?,
+            authorities: read("ca.crt")?,
+        })
+    }
+}
+
+/// What handshakes use from now on.
+pub(super) struct Current {
+    files: Files,
+    own: Arc<CertifiedKey>,
+    shown: Shown,
+    /// Fingerprints.
+    pub(super) authorities: Vec<String>,
+    pub(super) clients: Arc<dyn ClientCertVerifier>,
+    pub(super) servers: Arc<WebPkiServerVerifier>,
+}
+
+impl Current {
+    fn of(files: Files, dir: &Path) -> Result<Self, IdentityError> {
+        let certificates = |name: &str, bytes: &[u8]| {
+            CertificateDer::pem_slice_iter(bytes)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|source| file_error(&dir.join(name), source))
+        };
+        let chain = certificates("tls.crt", &files.chain)?;
+        let key = PrivateKeyDer::from_pem_slice(&files.key)
+            .map_err(|source| file_error(&dir.join("tls.key"), source))?;
+        let mut roots = RootCertStore::empty();
+        let mut authorities = Vec::new();
+        for certificate in certificates("ca.crt", &files.authorities)? {
+            authorities.push(fingerprint(&certificate));
+            roots.add(certificate).map_err(IdentityError::Tls)?;
+        }
+        let shown = Shown::of_certificate(chain.first().ok_or(IdentityError::Count(0))?)?;
+        let own = CertifiedKey::from_der(chain, key, &provider()).map_err(IdentityError::Tls)?;
+        let roots = Arc::new(roots);
+        let failed = |error: &dyn fmt::Display| IdentityError::Authority(error.to_string());
+        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
+            .build()
+            .map_err(|error| failed(&error))?;
+        let servers = WebPkiServerVerifier::builder_with_provider(roots, provider())
+            .build()
+            .map_err(|error| failed(&error))?;
+        Ok(Self {
+            files,
+            own: Arc::new(own),
+            shown,
+            authorities,
+            clients,
+            servers,
+        })
+    }
+
+    /// Whether the authorities vouch for who showed this chain.
+    fn vouch_for(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+        let Some((certificate, others)) = chain.split_first() else {
+            return Err(rustls::Error::NoCertificatesPresented);
+        };
+        self.clients
+            .verify_client_cert(certificate, others, UnixTime::now())
+            .map(drop)
+    }
+}
+
+/// What a process holds now; its TLS looks here with each handshake.
+pub(super) struct Held {
+    dir: PathBuf,
+    current: RwLock<Arc<Current>>,
+    /// Counts what was taken.
+    generation: AtomicU64,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held")
+            .field("dir", &self.dir)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of the files at a look.
+#[derive(Debug)]
+enum Look {
+    /// Nothing is new, or it is new since this look only.
+    Wait,
+    Taken,
+    /// Said once.
+    Refused(IdentityError),
+}
+
+/// What the last looks saw.
+#[derive(Default)]
+struct Seen {
+    /// New, and not yet seen twice.
+    once: Option<Files>,
+    /// Seen, and of no use.
+    refused: Option<Files>,
+    /// Why nothing could be read.
+    unread: Option<String>,
+}
+
+impl Held {
+    pub(super) fn load(dir: &Path) -> Result<Self, IdentityError> {
+        let current = Current::of(Files::read(dir)?, dir)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            current: RwLock::new(Arc::new(current)),
+            generation: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn current(&self) -> Arc<Current> {
+        self.current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.current().shown.identity.clone()
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// False when what is held has changed since `asked`, and vouches for `shown` no more.
+    pub(super) fn vouches_for(&self, shown: &Shown, asked: &mut u64) -> bool {
+        let generation = self.generation();
+        if generation == *asked {
+            return true;
+        }
+        *asked = generation;
+        self.current().vouch_for(&shown.chain).is_ok()
+    }
+
+    /// Takes what is new in the folder; runs until the task is dropped.
+    pub(super) async fn follow(&self) {
+        let mut seen = Seen::default();
+        let mut complained: Option<Instant> = None;
+        loop {
+            match self.look(&mut seen) {
+                Look::Wait => {}
+                Look::Taken => {
+                    let current = self.current();
+                    let expires = current.shown.expires_in();
+                    tracing::info!(
+                        dir = %self.dir.display(),
+                        authorities = current.authorities.len(),
+                        days = expires.as_secs() / DAY.as_secs(),
+                        "new credentials"
+                    );
+                }
+                Look::Refused(error) => {
+                    let error: &dyn std::error::Error = &error;
+                    tracing::warn!(error, "the credentials in the folder are not taken");
+                }
+            }
+            let expires = self.current().shown.expires_in();
+            if expires < SOON && complained.is_none_or(|at| at.elapsed() >= DAY) {
+                complained = Some(Instant::now());
+                let hours = expires.as_secs() / 3600;
+                tracing::warn!(hours, "the own certificate expires soon: weft renew");
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    fn look(&self, seen: &mut Seen) -> Look {
+        let files = match Files::read(&self.dir) {
+            Ok(files) => files,
+            Err(error) => {
+                seen.once = None;
+                let text = error.to_string();
+                return match seen.unread.replace(text.clone()) {
+                    Some(before) if before == text => Look::Wait,
+                    _ => Look::Refused(error),
+                };
+            }
+        };
+        seen.unread = None;
+        if files == self.current().files {
+            *seen = Seen::default();
+            return Look::Wait;
+        }
+        if seen.refused.as_ref() == Some(&files) {
+            return Look::Wait;
+        }
+        if seen.once.as_ref() != Some(&files) {
+            seen.once = Some(files);
+            return Look::Wait;
+        }
+        seen.once = None;
+        match self.take(files.clone()) {
+            Ok(()) => Look::Taken,
+            Err(error) => {
+                seen.refused = Some(files);
+                Look::Refused(error)
+            }
+        }
+    }
+
+    fn take(&self, files: Files) -> Result<(), IdentityError> {
+        let next = Current::of(files, &self.dir)?;
+        let before = self.current();
+        if next.shown.identity != before.shown.identity {
+            return Err(IdentityError::Changed {
+                was: before.shown.identity.to_string(),
+                is: next.shown.identity.to_string(),
+            });
+        }
+        // Else nobody would open to it, and it to nobody.
+        next.vouch_for(&next.own.cert).map_err(IdentityError::Own)?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        self.generation.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for Held {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current().own.clone())
+    }
+}
+
+impl ResolvesClientCert for Held {
+    fn resolve(
+        &self,
+        _authorities: &[&[u8]],
+        _schemes: &[SignatureScheme],
+    ) -> Option<Arc<CertifiedKey>> {
+        Some(self.current().own.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+
+    use super::*;
+    use crate::identity::SERVER_NAME;
+
+    struct Authority {
+        certificate: String,
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    impl Authority {
+        fn new() -> Self {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let certificate = params.self_signed(&key).unwrap().pem();
+            Self {
+                certificate,
+                issuer: Issuer::new(params, key),
+            }
+        }
+
+        /// The certificate and the key of `weft://m/{who}`.
+        fn issue(&self, who: &str) -> (String, String) {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new(vec![SERVER_NAME.to_owned()]).unwrap();
+            let uri = format!("weft://m/{who}");
+            let uri = SanType::URI(uri.as_str().try_into().unwrap());
+            params.subject_alt_names.push(uri);
+            let certificate = params.signed_by(&key, &self.issuer).unwrap();
+            (certificate.pem(), key.serialize_pem())
+        }
+    }
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new((certificate, key): &(String, String), authorities: &[&Authority]) -> Self {
+            let folder = Self(tempfile::tempdir().unwrap());
+            folder.write("tls.crt", certificate);
+            folder.write("tls.key", key);
+            folder.trust(authorities);
+            folder
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            let path = self.0.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+
+        fn trust(&self, authorities: &[&Authority]) {
+            let all: String = authorities
+                .iter()
+                .map(|it| it.certificate.as_str())
+                .collect();
+            self.write("ca.crt", &all);
+        }
+    }
+
+    fn shown((certificate, _): &(String, String)) -> Shown {
+        let der = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+        Shown {
+            chain: vec![der.clone()],
+            ..Shown::of_certificate(&der).unwrap()
+        }
+    }
+
+    fn is_own(held: &Held, (certificate, _): &(String, String)) -> bool {
+        let der = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+        held.current().own.cert == [der]
+    }
+
+    #[test]
+    fn what_is_new_is_taken_when_it_was_the_same_twice_and_half_of_it_is_not() {
+        let ca = Authority::new();
+        let (old, new) = (ca.issue("lead/a"), ca.issue("lead/a"));
+        let folder = Folder::new(&old, &[&ca]);
+        let held = Held::load(folder.0.path()).unwrap();
+        let mut seen = Seen::default();
+        assert!(matches!(held.look(&mut seen), Look::Wait));
+
+        folder.write("tls.crt", &new.0);
+        assert!(matches!(held.look(&mut seen), Look::Wait));
+        // The key is not there yet: refused, and said once.
+        assert!(matches!(
+            held.look(&mut seen),
+            Look::Refused(IdentityError::Tls(_))
+        ));
+        assert!(matches!(held.look(&mut seen), Look::Wait));
+        assert!(is_own(&held, &old));
+
+        folder.write("tls.key", &new.1);
+        assert!(matches!(held.look(&mut seen), Look::Wait));
+        assert!(is_own(&held, &old));
+        assert!(matches!(held.look(&mut seen), Look::Taken));
+        assert!(is_own(&held, &new));
+        assert!(matches!(held.look(&mut seen), Look::Wait));
+    }
+
+    #[test]
+    fn another_holder_a_foreign_certificate_and_an_open_key_are_refused() {
+        let (ca, foreign) = (Authority::new(), Authority::new());
+        let own = ca.issue("lead/a");
+        let folder = Folder::new(&own, &[&ca]);
+        let held = Held::load(folder.0.path()).unwrap();
+        let look_twice = |seen: &mut Seen| {
+            let first = held.look(seen);
+            match held.look(seen) {
+                Look::Wait => first,
+                second => second,
+            }
+        };
+        let mut seen = Seen::default();
+        for (files, part) in [
+            (ca.issue("lead/b"), "weft://m/lead/b"),
+            (foreign.issue("lead/a"), "own authorities"),
+        ] {
+            folder.write("tls.crt", &files.0);
+            folder.write("tls.key", &files.1);
+            let Look::Refused(error) = look_twice(&mut seen) else {
+                panic!("{part}");
+            };
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        let key = folder.0.path().join("tls.key");
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+        let refused = look_twice(&mut seen);
+        assert!(matches!(
+            refused,
+            Look::Refused(IdentityError::KeyMode { .. })
+        ));
+        fs::remove_file(key).unwrap();
+        let refused = look_twice(&mut seen);
+        assert!(matches!(refused, Look::Refused(IdentityError::File { .. })));
+        assert!(is_own(&held, &own));
+    }
+
+    #[test]
+    fn an_authority_that_left_vouches_for_nobody_any_more() {
+        let (old, new) = (Authority::new(), Authority::new());
+        let folder = Folder::new(&old.issue("lead/a"), &[&old]);
+        let held = Held::load(folder.0.path()).unwrap();
+        let (stays, leaves) = (shown(&new.issue("lead/b")), shown(&old.issue("lead/c")));
+        let mut seen = Seen::default();
+        let mut take = || {
+            assert!(matches!(held.look(&mut seen), Look::Wait));
+            assert!(matches!(held.look(&mut seen), Look::Taken));
+        };
+        let [mut b, mut c] = [0; 2];
+        folder.trust(&[&old, &new]);
+        take();
+        assert!(held.vouches_for(&stays, &mut b) && held.vouches_for(&leaves, &mut c));
+        // The own certificate is still of the old one.
+        folder.trust(&[&new]);
+        let mut early = Seen::default();
+        held.look(&mut early);
+        assert!(matches!(
+            held.look(&mut early),
+            Look::Refused(IdentityError::Own(_))
+        ));
+        let own = new.issue("lead/a");
+        folder.write("tls.crt", &own.0);
+        folder.write("tls.key", &own.1);
+        take();
+        assert!(held.vouches_for(&stays, &mut b));
+        assert!(!held.vouches_for(&leaves, &mut c));
+    }
+}
