@@ -139,7 +139,7 @@ pub fn renew(ca: &Path, dir: &Path) -> Result<Identity, AuthorityError> {
     if identity.mesh != mesh {
         return Err(AuthorityError::OtherMesh {
             path,
-            identity,
+            identity: identity.to_string(),
             mesh,
         });
     }
