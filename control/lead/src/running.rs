@@ -214,3 +214,6 @@ async fn end(lead: &Lead, tasks: &TaskTracker) {
     }
     tracing::info!(name = lead.name, "lead stopped");
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use openraft::ServerState;
+use openraft::{RaftMetrics, ServerState};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Member, Raft, Timers, election::Election, members::Roll, network::Network};
@@ -32,15 +32,20 @@ pub(crate) struct HandOver<'a> {
 }
 
 impl HandOver<'_> {
-    /// Hands over to a voter that has the whole log; its name, or `None` when there is none or it did not win. The
-    /// caller sees to it that no change is proposed meanwhile.
+    /// Hands over to a voter that has the whole log; the name of who leads then, mostly that one, or `None` when no other
+    /// does. The caller sees to it that no change is proposed meanwhile.
     pub(crate) async fn run(&self) -> Option<String> {
         let heir = timeout(self.timers.lease(), self.heir()).await.ok()?;
         tracing::info!(heir = heir.name, "handing over");
         self.raft.runtime_config().heartbeat(false);
-        let won = self.unseat(&heir).await;
+        let next = self.unseat(&heir).await;
         self.raft.runtime_config().heartbeat(true);
-        won.then_some(heir.name)
+        let membership = self.raft.metrics().borrow().membership_config.clone();
+        let next = next.filter(|id| *id != self.id)?;
+        membership
+            .membership()
+            .get_node(&next)
+            .map(|it| it.name.clone())
     }
 
     /// Waits for a voter with the whole log.
@@ -57,20 +62,31 @@ impl HandOver<'_> {
         }
     }
 
-    async fn unseat(&self, heir: &Member) -> bool {
-        let limit = 2 * self.timers.lease();
-        let stand = self.network.post::<_, bool>(heir, PATH, &(), limit);
+    /// Tells the heir to stand; who is elected next, which another election may decide.
+    async fn unseat(&self, heir: &Member) -> Option<u64> {
+        let stand = self
+            .network
+            .post::<_, bool>(heir, PATH, &(), 2 * self.timers.lease());
         let mut metrics = self.raft.metrics();
-        let deposed = async {
-            let deposed = metrics.wait_for(|metrics| metrics.state != ServerState::Leader);
-            matches!(timeout(limit, deposed).await, Ok(Ok(_)))
+        let term = metrics.borrow().current_term;
+        let elected = async {
+            let elected = metrics.wait_for(|metrics| elected_after(term, metrics).is_some());
+            let elected = timeout(3 * self.timers.lease(), elected).await.ok()?.ok()?;
+            elected_after(term, &elected)
         };
-        let (stood, deposed) = tokio::join!(stand, deposed);
+        let (stood, elected) = tokio::join!(stand, elected);
         if let Err(error) = stood {
             tracing::warn!(%error, heir = heir.name, "the heir did not stand");
         }
-        deposed
+        elected
     }
+}
+
+/// Who leads in a term after `term`.
+fn elected_after(term: u64, metrics: &RaftMetrics<u64, Member>) -> Option<u64> {
+    metrics
+        .current_leader
+        .filter(|_| metrics.current_term > term)
 }
 
 impl Election {

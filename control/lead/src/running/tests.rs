@@ -1,0 +1,213 @@
+//! Leads in one process whose messages get lost as a test says.
+
+use std::{
+    fmt,
+    sync::{Mutex, RwLock},
+};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use netmanager_api::identity::{Access, Identity, Role};
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+use tower::ServiceExt;
+
+use super::*;
+use crate::{
+    dial::DialError,
+    raft::STAND,
+    world::{Boxed, Clock, Folder, Wire},
+};
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+const LIMIT: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// A message, from one lead to another.
+struct Way<'a> {
+    from: &'a str,
+    to: &'a str,
+    path: &'a str,
+}
+
+/// What becomes of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Arrives,
+    IsLost,
+}
+
+type Rule = Arc<dyn Fn(&Way<'_>) -> Fate + Send + Sync>;
+
+/// The doors of the leads that run.
+#[derive(Clone, Debug, Default)]
+struct Doors(Arc<RwLock<BTreeMap<String, Router>>>);
+
+impl Doors {
+    async fn ask(
+        &self,
+        to: &str,
+        role: Role,
+        request: Request<Bytes>,
+    ) -> Result<(StatusCode, Bytes), DialError> {
+        let door = self.0.read().unwrap().get(to).cloned();
+        let mut request = request.map(Body::from);
+        let mesh = "demo".to_owned();
+        request.extensions_mut().insert(Identity { mesh, role });
+        let answer = door.ok_or("it does not run yet")?.oneshot(request).await?;
+        let status = answer.status();
+        let body = axum::body::to_bytes(answer.into_body(), 1 << 20).await?;
+        Ok((status, body))
+    }
+}
+
+#[derive(Clone)]
+struct Lossy {
+    from: String,
+    doors: Doors,
+    rule: Rule,
+}
+
+impl fmt::Debug for Lossy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Lossy").field(&self.from).finish()
+    }
+}
+
+impl Wire for Lossy {
+    fn exchange(
+        &self,
+        name: &str,
+        _: SocketAddr,
+        request: Request<Bytes>,
+    ) -> Boxed<'_, Result<(StatusCode, Bytes), DialError>> {
+        let to = name.to_owned();
+        let fate = (self.rule)(&Way {
+            from: &self.from,
+            to: &to,
+            path: request.uri().path(),
+        });
+        let role = Role::Lead {
+            name: self.from.clone(),
+        };
+        Box::pin(async move {
+            if fate == Fate::IsLost {
+                return Err("lost".into());
+            }
+            self.doors.ask(&to, role, request).await
+        })
+    }
+}
+
+struct Group {
+    _dir: tempfile::TempDir,
+    doors: Doors,
+    shutdown: CancellationToken,
+    running: Vec<Running>,
+}
+
+impl Group {
+    async fn start(rule: Rule) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
+        let names = NAMES.map(str::to_owned);
+        let mut group = Self {
+            doors: Doors::default(),
+            shutdown: CancellationToken::new(),
+            running: Vec::new(),
+            _dir: dir,
+        };
+        for name in &names {
+            let settings = Settings {
+                name: name.clone(),
+                peers: names.clone().into_iter().zip((1..).map(address)).collect(),
+                join: Join::default(),
+                timers: Timers::default(),
+                compaction: Compaction::default(),
+                mesh: None,
+            };
+            let world = World {
+                storage: Arc::new(Folder(group._dir.path().join(name))),
+                wire: Arc::new(Lossy {
+                    from: name.clone(),
+                    doors: group.doors.clone(),
+                    rule: rule.clone(),
+                }),
+                clock: Clock::default(),
+            };
+            let lead = Running::start(settings, world, group.shutdown.clone());
+            let lead = lead.await.unwrap();
+            let mut doors = group.doors.0.write().unwrap();
+            doors.insert(name.clone(), lead.routes());
+            group.running.push(lead);
+        }
+        group
+    }
+
+    /// Asks a lead as a user.
+    async fn ask(&self, lead: &str, method: Method, path: &str) -> (StatusCode, Value) {
+        let role = Role::User {
+            name: "user".to_owned(),
+            access: Access::Admin,
+        };
+        let request = Request::builder().method(method).uri(path);
+        let request = request.body(Bytes::new()).unwrap();
+        let (status, body) = self.doors.ask(lead, role, request).await.unwrap();
+        (status, serde_json::from_slice(&body).unwrap())
+    }
+
+    /// Asks until the group does it: while there is no leader, and where nobody could take over, it is refused.
+    async fn done(&self, lead: &str, method: Method, path: &str) -> Value {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let (status, answer) = self.ask(lead, method.clone(), path).await;
+            if status == StatusCode::OK {
+                return answer;
+            }
+            let may = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::CONFLICT];
+            assert!(may.contains(&status), "{status}: {answer}");
+            assert!(Instant::now() < end, "{status}: {answer}");
+            sleep(LOOK).await;
+        }
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        for lead in self.running {
+            lead.run().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_answers_with_who_leads_also_where_the_heir_did_not_win() {
+    let heir = Arc::new(Mutex::new(None::<String>));
+    // Who is told to stand does not hear it, and its own candidacy is heard by nobody.
+    let rule = {
+        let heir = heir.clone();
+        move |way: &Way<'_>| {
+            let mut heir = heir.lock().unwrap();
+            if way.path == STAND {
+                *heir = Some(way.to.to_owned());
+                return Fate::IsLost;
+            }
+            match way.path.ends_with("/vote") && heir.as_deref() == Some(way.from) {
+                true => Fate::IsLost,
+                false => Fate::Arrives,
+            }
+        }
+    };
+    let group = Group::start(Arc::new(rule)).await;
+    let said = loop {
+        let answer = group.done("a", Method::POST, "/v1/leads/a/drain").await;
+        if heir.lock().unwrap().is_some() {
+            break answer["leader"].clone();
+        }
+        // Another led from the beginning: it is its turn.
+        group.done("a", Method::POST, "/v1/leads/drain").await;
+    };
+    let heir = heir.lock().unwrap().clone().unwrap();
+    assert_ne!(said, heir.as_str(), "nobody was asked to vote for it");
+    group.end().await;
+}
