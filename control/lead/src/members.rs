@@ -12,7 +12,10 @@ use std::{
 
 use control_core::command::{Command, LEVEL};
 use futures::future::join_all;
-use openraft::ChangeMembers;
+use openraft::{
+    ChangeMembers,
+    error::{ClientWriteError, RaftError},
+};
 use tokio::time::{sleep, timeout};
 
 use crate::{
@@ -128,7 +131,7 @@ impl Lead {
             None => None,
             Some(old) => {
                 let unknown = || MemberError::Unknown(old.clone());
-                Some(roll.named(old).ok_or_else(unknown)?.0)
+                Some(roll.place(old).ok_or_else(unknown)?)
             }
         };
         let member = Member {
@@ -136,13 +139,11 @@ impl Lead {
             address,
             replaces: old,
         };
+        if let Some((id, known)) = roll.made(&member) {
+            return Ok(Answer::Seat(Some((id, known.clone()))));
+        }
         let mut others = roll.nodes.iter().filter(|(id, _)| Some(**id) != old);
-        if let Some((id, known)) = others.clone().find(|(_, it)| it.name == member.name) {
-            // The same wish again.
-            let again = known.address == address && !roll.voters().contains(id);
-            if again && replaces.is_none() {
-                return Ok(Answer::Seat(Some((*id, known.clone()))));
-            }
+        if let Some((_, known)) = others.clone().find(|(_, it)| it.name == member.name) {
             return Err(MemberError::Taken {
                 name: member.name,
                 address: known.address.to_string(),
@@ -194,13 +195,13 @@ impl Lead {
     }
 
     async fn change(&self, change: ChangeMembers<u64, Member>) -> Result<(), AskError> {
-        let failed = |error: String| AskError::from(MemberError::Raft(error));
         match timeout(CHANGE, self.raft.change_membership(change, false)).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(failed(error.to_string())),
-            Err(_) => Err(failed(format!(
-                "no majority confirmed it within {CHANGE:?}"
-            ))),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => {
+                Err(ProposeError::NotLeader.into())
+            }
+            Ok(Err(error)) => Err(MemberError::Raft(error.to_string()).into()),
+            Err(_) => Err(ProposeError::Unknown.into()),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::{
     lead::{self, Ask, AskError, Lead},
     once::note,
     problem::Refusal,
-    raft::members::Seat,
+    raft::members::{MemberError, Seat},
 };
 
 fn show(seat: Seat) -> Shown {
@@ -134,8 +134,15 @@ pub(super) async fn remove(
     Path(name): Path<String>,
 ) -> Answer<Changed> {
     let what = format!("ask to remove lead {name}");
+    // As of now: this lead may have heard of no member yet.
+    lead.catch_up().await?;
+    let was_member = lead.members().iter().any(|member| member.name == name);
     note(&lead, &asking.caller.name, what).await?;
-    lead.ask(Ask::Dismiss { name }).await?;
+    match lead.ask(Ask::Dismiss { name }).await {
+        // A leader that removed it fell before it said so, and the next one knows it no more.
+        Err(AskError::Member(MemberError::Unknown(_))) if was_member => {}
+        answer => drop(answer?),
+    }
     Ok(Json(Changed {
         changed: true,
         index: lead.replica.applied(),

@@ -113,6 +113,28 @@ impl Roll {
             .map(|(id, member)| (*id, member))
     }
 
+    /// The member whose place a lead takes that replaces this name: of two of the name the one that votes.
+    pub(crate) fn place(&self, name: &str) -> Option<u64> {
+        let voters = self.voters();
+        let named = self.nodes.iter().filter(|(_, it)| it.name == name);
+        let place = named.max_by_key(|(id, _)| (voters.contains(id), **id));
+        place.map(|(id, _)| *id)
+    }
+
+    /// The learner that this wish made already: the same name, address and place.
+    pub(crate) fn made(&self, wish: &Member) -> Option<(u64, &Member)> {
+        let place = |member: &Member| {
+            let old = member.replaces.and_then(|old| self.nodes.get(&old));
+            old.map(|old| old.name.clone())
+        };
+        let voters = self.voters();
+        let mut learners = self.nodes.iter().filter(|(id, _)| !voters.contains(id));
+        let same = |(_, it): &(&u64, &Member)| {
+            (&it.name, it.address, place(it)) == (&wish.name, wish.address, place(wish))
+        };
+        learners.find(same).map(|(id, member)| (*id, member))
+    }
+
     /// An id that no member ever had.
     pub(crate) fn next_id(&self) -> u64 {
         FORMED + self.last + 1
@@ -269,6 +291,35 @@ mod tests {
         assert_eq!(three.next_step(1, &set(&[1, 70])), None);
         let lost_one = set(&[1, 2, 70]);
         assert_eq!(three.next_step(1, &lost_one), Some(Step::Promote(70)));
+    }
+
+    #[test]
+    fn the_same_wish_again_finds_what_the_first_one_made() {
+        let wish = |name: &str, replaces| Member {
+            name: name.to_owned(),
+            replaces,
+            ..Member::default()
+        };
+        let added = roll(&[1, 2, 3], &[(70, None)]);
+        let replacing = roll(&[1, 2, 3], &[(70, Some(3))]);
+        for (roll, wish, want) in [
+            (&added, wish("n70", None), Some(70)),
+            (&added, wish("n70", Some(3)), None),
+            (&added, wish("n71", None), None),
+            (&replacing, wish("n70", Some(3)), Some(70)),
+            (&replacing, wish("n70", Some(2)), None),
+            (&replacing, wish("n70", None), None),
+            // A voter had a disk: who comes without one is another.
+            (&added, wish("n1", None), None),
+        ] {
+            assert_eq!(roll.made(&wish).map(|(id, _)| id), want, "{wish:?}");
+        }
+        // A lead that lost its disk comes in the place of the one that it was: both have its name.
+        let mut itself = replacing;
+        itself.nodes.insert(70, wish("n3", Some(3)));
+        assert_eq!(itself.named("n3").map(|(id, _)| id), Some(70));
+        let again = wish("n3", itself.place("n3"));
+        assert_eq!(itself.made(&again).map(|(id, _)| id), Some(70));
     }
 
     #[test]

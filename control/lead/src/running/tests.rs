@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Mutex, RwLock},
+    sync::{
+        Mutex, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use axum::body::Body;
@@ -36,6 +39,7 @@ struct Way<'a> {
 enum Fate {
     Arrives,
     IsLost,
+    AnswerIsLost,
 }
 
 type Rule = Arc<dyn Fn(&Way<'_>) -> Fate + Send + Sync>;
@@ -95,7 +99,11 @@ impl Wire for Lossy {
             if fate == Fate::IsLost {
                 return Err("lost".into());
             }
-            self.doors.ask(&to, role, request).await
+            let answer = self.doors.ask(&to, role, request).await?;
+            match fate {
+                Fate::AnswerIsLost => Err("lost".into()),
+                _ => Ok(answer),
+            }
         })
     }
 }
@@ -209,5 +217,41 @@ async fn a_drain_answers_with_who_leads_also_where_the_heir_did_not_win() {
     };
     let heir = heir.lock().unwrap().clone().unwrap();
     assert_ne!(said, heir.as_str(), "nobody was asked to vote for it");
+    group.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_whose_first_answer_was_lost_is_no_removal_of_a_stranger() {
+    let is_armed = Arc::new(AtomicBool::new(false));
+    let rule = {
+        let is_armed = is_armed.clone();
+        move |way: &Way<'_>| match way.path == "/raft/v1/ask"
+            && is_armed.swap(false, Ordering::Relaxed)
+        {
+            true => Fate::AnswerIsLost,
+            false => Fate::Arrives,
+        }
+    };
+    let group = Group::start(Arc::new(rule)).await;
+    let leads = group.done("a", Method::GET, "/v1/leads").await;
+    let leads = leads["items"].as_array().unwrap();
+    let followers = leads.iter().filter(|lead| lead["role"] == "voter");
+    let [asked, removed] = followers
+        .map(|lead| lead["name"].as_str().unwrap())
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("three leads, of which one leads: {leads:?}");
+    };
+    is_armed.store(true, Ordering::Relaxed);
+    let path = format!("/v1/leads/{removed}");
+    group.done(asked, Method::DELETE, &path).await;
+    assert!(!is_armed.load(Ordering::Relaxed), "an answer was lost");
+    // Once this lead has heard of it, a second wish names a stranger.
+    let status = async || group.ask(asked, Method::DELETE, &path).await.0;
+    let end = Instant::now() + LIMIT;
+    while status().await != StatusCode::NOT_FOUND {
+        assert!(Instant::now() < end, "{removed} is removed again and again");
+        sleep(LOOK).await;
+    }
     group.end().await;
 }
