@@ -90,9 +90,11 @@ fn elected_after(term: u64, metrics: &RaftMetrics<u64, Member>) -> Option<u64> {
 }
 
 impl Election {
-    /// Stands at once, and again until this lead leads or two leases are over; whether it leads.
+    /// Stands at once, and again until this lead leads or two leases are over; whether it leads. It waits twice as long
+    /// for each candidacy as for the one before: standing again gives up the votes that are still on their way.
     pub(crate) async fn stand(&self) -> bool {
         let end = Instant::now() + 2 * self.timers.lease();
+        let mut patience = self.timers.stagger();
         tracing::info!("standing for election: the leader gives way");
         while Instant::now() < end {
             if self.raft.trigger().elect().await.is_err() {
@@ -100,9 +102,10 @@ impl Election {
             }
             let mut metrics = self.raft.metrics();
             let elected = metrics.wait_for(|metrics| metrics.state == ServerState::Leader);
-            if let Ok(elected) = timeout(self.timers.stagger(), elected).await {
+            if let Ok(elected) = timeout(patience, elected).await {
                 return elected.is_ok();
             }
+            patience *= 2;
         }
         false
     }
