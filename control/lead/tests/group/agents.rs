@@ -17,13 +17,17 @@ use netmanager_api::{
     conditions::{BackendLoad, Conditions, Coordinate, NodePlace},
     table::Table,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use crate::{
     apply,
-    mesh::{LIMIT, TestMesh, wait_for},
+    mesh::{LIMIT, TestMesh},
+    stopwatch::{Stopwatch, ensure, undisturbed},
 };
 
 fn facts() -> ClusterFacts {
@@ -88,7 +92,26 @@ pub(crate) struct TestAgent {
 }
 
 impl TestAgent {
+    /// Opens a stream, as soon as the lead is in touch with the others.
     pub(crate) async fn follow(
+        mesh: &TestMesh,
+        lead: &str,
+        cluster: &str,
+        session: Option<u64>,
+    ) -> Result<(Self, Welcome), Status> {
+        let watch = Stopwatch::start();
+        loop {
+            match Self::follow_now(mesh, lead, cluster, session).await {
+                Err(status) if status.code() == Code::Unavailable && watch.had() < LIMIT => {
+                    println!("{cluster} dials {lead} again: {status}");
+                }
+                answer => return answer,
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn follow_now(
         mesh: &TestMesh,
         lead: &str,
         cluster: &str,
@@ -123,16 +146,22 @@ impl TestAgent {
         }
     }
 
-    async fn say(&self, message: FromAgent) {
-        self.outbound.send(message).await.unwrap();
+    async fn say(&self, message: FromAgent) -> Result<(), String> {
+        let said = self.outbound.send(message).await;
+        said.map_err(|_| "the stream ended".to_owned())
     }
 
-    /// Hears messages until `enough`; panics after the limit.
-    pub(crate) async fn hear(&mut self, what: &str, mut enough: impl FnMut(&Self) -> bool) {
+    /// Hears messages until `enough`; fails where the stream ends, and panics after the limit.
+    pub(crate) async fn hear(
+        &mut self,
+        what: &str,
+        mut enough: impl FnMut(&Self) -> bool,
+    ) -> Result<(), String> {
         while !enough(self) {
             let message = timeout(LIMIT, self.inbound.message()).await;
             let message = message.unwrap_or_else(|_| panic!("waited for {what}"));
-            match message.unwrap().unwrap() {
+            let message = message.map_err(|status| format!("before {what}: {status}"))?;
+            match message.ok_or_else(|| format!("before {what} the stream ended"))? {
                 ToAgent::Welcome(_) => panic!("welcome twice"),
                 ToAgent::Renewed { sequence } => self.renewed = sequence,
                 ToAgent::Tables(tables) => self.tables.extend(tables),
@@ -140,6 +169,7 @@ impl TestAgent {
                 ToAgent::Conditions(conditions) => self.conditions = conditions,
             }
         }
+        Ok(())
     }
 
     /// Whether the lead ended the stream; hears messages for a moment.
@@ -159,84 +189,92 @@ impl TestAgent {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_on_a_follower_gets_its_tables_and_assignments_also_from_the_next_leader() {
-    let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
-    let leader = mesh.leader().await;
-    let [follower, other] = mesh.others(&leader);
-    let (mut agent, welcome) = TestAgent::follow(&mesh, &follower, "edge", None)
-        .await
-        .unwrap();
-    assert_eq!(welcome.lease_ms, 2_000);
-    agent.say(report(Vec::new())).await;
-    agent
-        .hear("the node's table", |it| it.tables.contains_key("n1"))
-        .await;
-    agent.say(FromAgent::Alive { sequence: 7 }).await;
-    agent.hear("the renewal", |it| it.renewed == 7).await;
+    undisturbed(async || {
+        let mut mesh = TestMesh::start(&["a", "b", "c"]).await;
+        let leader = mesh.leader().await;
+        let [follower, other] = mesh.others(&leader);
+        let (mut agent, welcome) = TestAgent::follow(&mesh, &follower, "edge", None)
+            .await
+            .unwrap();
+        assert_eq!(welcome.lease_ms, 2_000);
+        agent.say(report(Vec::new())).await?;
+        let has_table = |it: &TestAgent| it.tables.contains_key("n1");
+        agent.hear("the node's table", has_table).await?;
+        agent.say(FromAgent::Alive { sequence: 7 }).await?;
+        agent.hear("the renewal", |it| it.renewed == 7).await?;
 
-    assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
-    agent.hear("a run", |it| it.to_run().len() == 1).await;
-    let id = agent.to_run().remove(0);
-    assert_eq!(id.service, "shop/one/web");
-    agent.say(report(vec![running(&id)])).await;
-    wait_for("the binding to be ready", LIMIT, async || {
-        let (_, list): (_, List<Binding>) = mesh.get(&other, "/v1/bindings").await;
-        list.items.iter().any(|binding| binding.phase == "ready")
+        assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
+        agent.hear("a run", |it| it.to_run().len() == 1).await?;
+        let id = agent.to_run().remove(0);
+        assert_eq!(id.service, "shop/one/web");
+        agent.say(report(vec![running(&id)])).await?;
+        let watch = Stopwatch::start();
+        while !is_ready(&mesh, &other).await {
+            ensure(watch.had() < LIMIT, "the binding is not ready")?;
+            sleep(Duration::from_millis(20)).await;
+        }
+
+        mesh.stop(&leader).await;
+        agent.say(FromAgent::Alive { sequence: 8 }).await?;
+        let is_renewed = |it: &TestAgent| it.renewed == 8;
+        agent
+            .hear("a renewal by the next leader", is_renewed)
+            .await?;
+        assert_eq!(apply(&mesh, &other, "two").await.0, StatusCode::OK);
+        agent.hear("two runs", |it| it.to_run().len() == 2).await?;
+        mesh.end().await;
+        Ok(())
     })
     .await;
+}
 
-    mesh.stop(&leader).await;
-    agent.say(FromAgent::Alive { sequence: 8 }).await;
-    agent
-        .hear("a renewal by the next leader", |it| it.renewed == 8)
-        .await;
-    assert_eq!(apply(&mesh, &other, "two").await.0, StatusCode::OK);
-    agent.hear("two runs", |it| it.to_run().len() == 2).await;
-    mesh.end().await;
+async fn is_ready(mesh: &TestMesh, lead: &str) -> bool {
+    let (_, list): (_, List<Binding>) = mesh.get(lead, "/v1/bindings").await;
+    list.items.iter().any(|binding| binding.phase == "ready")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_cluster_is_lost_and_comes_back_with_a_new_session() {
-    let mesh = TestMesh::start(&["a"]).await;
-    mesh.leader().await;
-    let (mut agent, first) = TestAgent::follow(&mesh, "a", "edge", None).await.unwrap();
-    let session = Some(first.session);
-    let (_, again) = TestAgent::follow(&mesh, "a", "edge", session)
-        .await
-        .unwrap();
-    assert_eq!(again.session, first.session);
+    undisturbed(async || {
+        let mesh = TestMesh::start(&["a"]).await;
+        mesh.leader().await;
+        let (mut agent, first) = TestAgent::follow(&mesh, "a", "edge", None).await.unwrap();
+        let session = Some(first.session);
+        let state = async || {
+            let (_, list): (_, List<Cluster>) = mesh.get("a", "/v1/clusters").await;
+            list.items[0].state.clone()
+        };
+        let (_, again) = TestAgent::follow(&mesh, "a", "edge", session)
+            .await
+            .unwrap();
+        let same = again.session == first.session;
+        ensure(same && state().await == "ready", "lost too early")?;
+        // A leader that slept blames nobody.
+        let watch = Stopwatch::start();
+        while state().await != "lost" {
+            ensure(watch.had() < LIMIT, "it is not lost")?;
+            sleep(Duration::from_millis(20)).await;
+        }
 
-    let state = async || {
-        let (_, list): (_, List<Cluster>) = mesh.get("a", "/v1/clusters").await;
-        list.items[0].state.clone()
-    };
-    assert_eq!(state().await, "ready");
-    wait_for("the cluster to be lost", LIMIT, async || {
-        state().await == "lost"
+        // The stream may have ended by itself.
+        let _ = agent.say(report(Vec::new())).await;
+        assert_eq!(end_of(&mut agent).await.code(), Code::Aborted);
+        let (_, next) = TestAgent::follow(&mesh, "a", "edge", session)
+            .await
+            .unwrap();
+        assert_ne!(next.session, first.session);
+        ensure(state().await == "ready", "lost at once")?;
+        mesh.end().await;
+        Ok(())
     })
     .await;
-
-    agent.say(report(Vec::new())).await;
-    let ended = loop {
-        match timeout(LIMIT, agent.inbound.message()).await.unwrap() {
-            Ok(Some(_)) => {}
-            ended => break ended,
-        }
-    };
-    assert_eq!(ended.unwrap_err().code(), Code::Aborted);
-    let (_, next) = TestAgent::follow(&mesh, "a", "edge", session)
-        .await
-        .unwrap();
-    assert_ne!(next.session, first.session);
-    assert_eq!(state().await, "ready");
-    mesh.end().await;
 }
 
 /// A node's number, and what its agent says of it.
-async fn standing(agent: &mut TestAgent) -> (u32, Conditions) {
-    agent.say(report(Vec::new())).await;
-    agent
-        .hear("the node's table", |it| it.tables.contains_key("n1"))
-        .await;
+async fn standing(agent: &mut TestAgent) -> Result<(u32, Conditions), String> {
+    agent.say(report(Vec::new())).await?;
+    let has_table = |it: &TestAgent| it.tables.contains_key("n1");
+    agent.hear("the node's table", has_table).await?;
     let table = &agent.tables["n1"];
     let number = table.node.number;
     let mut words = table.mesh.prefix6.network().segments();
@@ -255,52 +293,55 @@ async fn standing(agent: &mut TestAgent) -> (u32, Conditions) {
             percent: 40,
         }],
     };
-    (number, conditions)
+    Ok((number, conditions))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_cluster_says_of_itself_reaches_another_on_another_lead_and_no_log() {
-    let mesh = TestMesh::start(&["a", "b", "c"]).await;
-    let leader = mesh.leader().await;
-    let [first, second] = mesh.others(&leader);
-    let follow = |lead, cluster| TestAgent::follow(&mesh, lead, cluster, None);
-    let (mut edge, _) = follow(&first, "edge").await.unwrap();
-    let (mut fog, _) = follow(&second, "fog").await.unwrap();
-    let (number, of_edge) = standing(&mut edge).await;
-    let (other, of_fog) = standing(&mut fog).await;
-    fog.hear("a table with the other as a peer", |it| {
-        it.tables["n1"]
-            .peers
-            .iter()
-            .any(|peer| peer.number == number)
+    undisturbed(async || {
+        let mesh = TestMesh::start(&["a", "b", "c"]).await;
+        let leader = mesh.leader().await;
+        let [first, second] = mesh.others(&leader);
+        let follow = |lead, cluster| TestAgent::follow(&mesh, lead, cluster, None);
+        let (mut edge, _) = follow(&first, "edge").await.unwrap();
+        let (mut fog, _) = follow(&second, "fog").await.unwrap();
+        let (number, of_edge) = standing(&mut edge).await?;
+        let (other, of_fog) = standing(&mut fog).await?;
+        let is_peer = |it: &TestAgent| {
+            let mut peers = it.tables["n1"].peers.iter();
+            peers.any(|peer| peer.number == number)
+        };
+        fog.hear("a table with the other as a peer", is_peer)
+            .await?;
+        let index = fog.tables["n1"].revision.index;
+        // What it says of the other's node is nobody's news.
+        let lies = Conditions {
+            nodes: vec![NodePlace {
+                node: other,
+                ..of_edge.nodes[0]
+            }],
+            ..Conditions::default()
+        };
+        let said = of_edge.clone().joined(lies);
+        while fog.conditions.nodes != of_edge.nodes {
+            assert!(fog.conditions.nodes.len() <= 1, "{:?}", fog.conditions);
+            fog.conditions = Conditions::default();
+            edge.say(FromAgent::Conditions(said.clone())).await?;
+            fog.say(FromAgent::Conditions(of_fog.clone())).await?;
+            let mut heard = false;
+            let once = |_: &TestAgent| std::mem::replace(&mut heard, true);
+            fog.hear("the conditions", once).await?;
+        }
+        assert!(
+            fog.conditions.loads.is_empty(),
+            "no table names that backend: {:?}",
+            fog.conditions
+        );
+        let still = fog.tables["n1"].revision.index;
+        mesh.end().await;
+        ensure(still == index, "a new table")
     })
     .await;
-    let index = fog.tables["n1"].revision.index;
-    // What it says of the other's node is nobody's news.
-    let lies = Conditions {
-        nodes: vec![NodePlace {
-            node: other,
-            ..of_edge.nodes[0]
-        }],
-        ..Conditions::default()
-    };
-    edge.say(FromAgent::Conditions(of_edge.clone().joined(lies)))
-        .await;
-    while fog.conditions.nodes != of_edge.nodes {
-        assert!(fog.conditions.nodes.len() <= 1, "{:?}", fog.conditions);
-        fog.conditions = Conditions::default();
-        fog.say(FromAgent::Conditions(of_fog.clone())).await;
-        let mut heard = false;
-        fog.hear("the conditions", |_| std::mem::replace(&mut heard, true))
-            .await;
-    }
-    assert!(
-        fog.conditions.loads.is_empty(),
-        "no table names that backend: {:?}",
-        fog.conditions
-    );
-    assert_eq!(fog.tables["n1"].revision.index, index, "no new table");
-    mesh.end().await;
 }
 
 /// How a stream ends; everything before is passed over.

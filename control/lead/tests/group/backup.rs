@@ -71,9 +71,13 @@ async fn a_backup_of_a_later_feature_level_waits_until_every_lead_has_it() {
     // A lead is away: who knows what level it has?
     let behind = TestMesh::start_some(&["a", "b", "c"], &["a", "b"]).await;
     let leader = behind.leader().await;
-    let (code, problem): (_, Problem) = behind.post(&leader, "/v1/restore", &backup).await;
-    assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE, "{problem:?}");
-    assert!(problem.error.contains("feature level 2"), "{problem:?}");
+    let ask = ("POST", "/v1/restore");
+    wait_for("the refusal", LIMIT, async || {
+        let (code, text) = behind.ask_now(&leader, ask, &backup, None).await;
+        assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE, "{text}");
+        text.contains("feature level 2")
+    })
+    .await;
     assert_eq!(incarnation(&behind, &leader).await, 0);
     behind.end().await;
 }

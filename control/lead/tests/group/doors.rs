@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -23,53 +23,11 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     goal,
-    mesh::{LIMIT, TestMesh, wait_for},
+    log::Log,
+    mesh::{LIMIT, TestMesh},
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
-
-/// What this process logged so far, of all tests.
-#[derive(Clone, Copy)]
-pub(crate) struct Log;
-
-static LOGGED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
-
-impl Log {
-    /// From now on what is logged is kept.
-    pub(crate) fn start() {
-        static STARTED: OnceLock<()> = OnceLock::new();
-        STARTED.get_or_init(|| {
-            tracing_subscriber::fmt()
-                .with_max_level(tracing::Level::WARN)
-                .with_ansi(false)
-                .with_writer(|| Self)
-                .init();
-        });
-    }
-
-    /// Waits until one line holds all of these.
-    pub(crate) async fn says(parts: &[&str]) {
-        wait_for(&format!("a line with {parts:?}"), LIMIT, async || {
-            let logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-            let text = String::from_utf8_lossy(&logged);
-            text.lines()
-                .any(|line| parts.iter().all(|part| line.contains(part)))
-        })
-        .await;
-    }
-}
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-        logged.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// A certificate as nobody should issue it.
 struct Forged<'a> {
@@ -173,7 +131,6 @@ async fn knock(at: SocketAddr, tls: Arc<ClientConfig>, ask: &str) -> io::Result<
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_shows_no_good_certificate_does_not_get_past_tls() {
-    Log::start();
     let mesh = TestMesh::start(&["a"]).await;
     mesh.leader().await;
     let user = ["weft://demo/user/mallory"];
@@ -247,7 +204,6 @@ async fn who_gets_past_tls_and_says_nothing_is_let_go() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_area_of_the_door_opens_for_its_role_only() {
-    Log::start();
     let mesh = TestMesh::start(&["a"]).await;
     mesh.leader().await;
     let holders = [
@@ -288,7 +244,6 @@ async fn every_area_of_the_door_opens_for_its_role_only() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_does_what_their_access_allows_and_nothing_else() {
-    Log::start();
     let mesh = TestMesh::start(&["a"]).await;
     mesh.leader().await;
     let move_web = r#"{"slot":"shop/one/web#0","to":"edge"}"#;

@@ -4,19 +4,27 @@
 mod agents;
 mod backup;
 mod doors;
+mod log;
 mod members;
 mod mesh;
 mod once;
 mod relay;
 mod rotation;
 mod security;
+mod stopwatch;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use control_api::http::{Application, ApplyResponse, ApplyResult, List, Problem, Status};
 use http::StatusCode;
 
-use crate::mesh::{LIMIT, TestMesh, wait_for};
+use crate::{
+    mesh::{LIMIT, TestMesh, wait_for},
+    stopwatch::{Stopwatch, ensure, undisturbed},
+};
+
+/// How long a lead hears nobody: two leases, after one of which it would stand.
+const UNHEARD: Duration = Duration::from_millis(1_500);
 
 const GOAL: &str = "
 apiVersion: weft.dev/v1alpha1
@@ -83,9 +91,10 @@ async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
     mesh.stop(&x).await;
     mesh.stop(&y).await;
 
-    let (status, problem): (_, Problem) =
-        mesh.post(&leader, "/v1/applications", &goal("two")).await;
-    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    let ask = ("POST", "/v1/applications");
+    let (status, text) = mesh.ask_now(&leader, ask, &goal("two"), None).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{text}");
+    let problem: Problem = serde_json::from_str(&text).unwrap();
     assert!(problem.error.contains("majority"), "{problem:?}");
     let stale = async || {
         let path = "/v1/applications?consistent=false";
@@ -113,31 +122,33 @@ async fn a_minority_refuses_changes_and_says_that_its_reads_are_stale() {
 /// Without a canvass it would raise the term again and again, and unseat the leader once it is heard.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lead_that_heard_nobody_comes_back_without_an_election() {
-    let mesh = TestMesh::start(&["a", "b", "c"]).await;
-    let leader = mesh.leader().await;
-    let [deaf, other] = mesh.others(&leader);
-    let term = async || mesh.get::<Status>(&leader, "/v1/status").await.1.term;
-    let before = term().await;
+    undisturbed(async || {
+        let mesh = TestMesh::start(&["a", "b", "c"]).await;
+        let leader = mesh.leader().await;
+        let [deaf, other] = mesh.others(&leader);
+        let term = async || mesh.get::<Status>(&leader, "/v1/status").await.1.term;
+        let before = term().await;
 
-    mesh.hears(&deaf, false);
-    let unheard = Duration::from_secs(4);
-    let since = Instant::now();
-    let mut number = 0;
-    while since.elapsed() < unheard {
-        number += 1;
-        let (status, _) = apply(&mesh, &other, &format!("app{number}")).await;
-        assert_eq!(status, StatusCode::OK, "change {number}");
-    }
-    mesh.hears(&deaf, true);
-    wait_for("it to catch up", LIMIT, async || {
-        let path = "/v1/applications?consistent=false";
-        let (_, list): (_, List<Application>) = mesh.get(&deaf, path).await;
-        list.items.len() == number
+        mesh.hears(&deaf, false);
+        let since = Stopwatch::start();
+        let mut number = 0;
+        while since.had() < UNHEARD {
+            number += 1;
+            let (status, _) = apply(&mesh, &other, &format!("app{number}")).await;
+            assert_eq!(status, StatusCode::OK, "change {number}");
+        }
+        mesh.hears(&deaf, true);
+        wait_for("it to catch up", LIMIT, async || {
+            let path = "/v1/applications?consistent=false";
+            let (_, list): (_, List<Application>) = mesh.get(&deaf, path).await;
+            list.items.len() == number
+        })
+        .await;
+        let now = (mesh.leader().await, term().await);
+        mesh.end().await;
+        ensure(now == (leader, before), format!("an election: {now:?}"))
     })
     .await;
-    assert_eq!(mesh.leader().await, leader);
-    assert_eq!(term().await, before);
-    mesh.end().await;
 }
 
 struct Case<'a> {

@@ -21,20 +21,23 @@ use weft_lead::{
     dial::{DialError, dial, exchange},
 };
 
-use crate::relay::Relay;
+use crate::{log::Log, relay::Relay, stopwatch::Stopwatch};
 
 /// How long a test waits for what must happen.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// Waits until `condition` holds; panics after `limit`.
+/// How long a lead looks for a leader before it says that there is none.
+const PATIENCE: Duration = Duration::from_secs(6);
+
+/// Waits until `condition` holds; panics after `limit`, of time that the process had.
 pub(crate) async fn wait_for(
     what: &str,
     limit: Duration,
     mut condition: impl AsyncFnMut() -> bool,
 ) {
-    let end = Instant::now() + limit;
+    let watch = Stopwatch::start();
     while !condition().await {
-        assert!(Instant::now() < end, "waited {limit:?} for {what}");
+        assert!(watch.had() < limit, "waited {limit:?} for {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -69,6 +72,7 @@ impl TestMesh {
 
     /// Forms a group of leads with these names, of which only `running` run at first.
     pub(crate) async fn start_some(names: &[&str], running: &[&str]) -> Self {
+        Log::start();
         let dir = tempfile::tempdir().unwrap();
         let wish = Wish {
             name: "demo".to_owned(),
@@ -311,18 +315,29 @@ impl TestMesh {
         path: &str,
         body: &str,
     ) -> (StatusCode, String) {
-        request(self.channel("user", lead), method, path, body, None).await
+        self.ask_with("user", lead, (method, path), body).await
+    }
+
+    /// As [`TestMesh::ask`], once: 503 also where nobody answered.
+    pub(crate) async fn ask_now(
+        &self,
+        lead: &str,
+        (method, path): (&str, &str),
+        body: &str,
+        key: Option<&str>,
+    ) -> (StatusCode, String) {
+        self.once("user", lead, (method, path), body, key).await
     }
 
     /// Asks a lead for a change with an idempotency key.
     pub(crate) async fn ask_once(
         &self,
         lead: &str,
-        (method, path): (&str, &str),
+        ask: (&str, &str),
         body: &str,
         key: &str,
     ) -> (StatusCode, String) {
-        request(self.channel("user", lead), method, path, body, Some(key)).await
+        self.again("user", lead, ask, body, Some(key)).await
     }
 
     /// Asks a lead with other credentials.
@@ -333,7 +348,7 @@ impl TestMesh {
         method: &str,
         path: &str,
     ) -> (StatusCode, String) {
-        request(self.channel(who, lead), method, path, "", None).await
+        self.again(who, lead, (method, path), "", None).await
     }
 
     /// Asks a lead with other credentials, and a body.
@@ -341,10 +356,58 @@ impl TestMesh {
         &self,
         who: &str,
         lead: &str,
-        (method, path): (&str, &str),
+        ask: (&str, &str),
         body: &str,
     ) -> (StatusCode, String) {
-        request(self.channel(who, lead), method, path, body, None).await
+        self.again(who, lead, ask, body, None).await
+    }
+
+    /// Asks again for as long as the answer is 503, as a user is told to.
+    async fn again(
+        &self,
+        who: &str,
+        lead: &str,
+        ask: (&str, &str),
+        body: &str,
+        key: Option<&str>,
+    ) -> (StatusCode, String) {
+        let watch = Stopwatch::start();
+        loop {
+            let (status, text) = self.once(who, lead, ask, body, key).await;
+            if status != StatusCode::SERVICE_UNAVAILABLE || watch.had() >= LIMIT {
+                return (status, text);
+            }
+            println!("{lead} {ask:?}: {text}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn once(
+        &self,
+        who: &str,
+        lead: &str,
+        (method, path): (&str, &str),
+        body: &str,
+        key: Option<&str>,
+    ) -> (StatusCode, String) {
+        let key = key.map(|key| ("idempotency-key", key.to_owned()));
+        let asked = Instant::now();
+        let answer = send(
+            self.channel(who, lead),
+            (method, path),
+            body,
+            key.as_slice(),
+        )
+        .await;
+        let answer = answer.unwrap_or_else(|error| {
+            let problem = format!(r#"{{"error":{:?}}}"#, error.to_string());
+            (StatusCode::SERVICE_UNAVAILABLE, problem)
+        });
+        assert!(
+            !answer.1.contains("no leader was reached") || asked.elapsed() >= PATIENCE,
+            "it did not wait for an election: {answer:?}"
+        );
+        answer
     }
 
     /// Gets and reads JSON.
@@ -367,19 +430,6 @@ impl TestMesh {
 
 fn read<T: DeserializeOwned>(text: &str) -> T {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
-}
-
-async fn request(
-    channel: Channel,
-    method: &str,
-    path: &str,
-    body: &str,
-    key: Option<&str>,
-) -> (StatusCode, String) {
-    let key = key.map(|key| ("idempotency-key", key.to_owned()));
-    send(channel, (method, path), body, key.as_slice())
-        .await
-        .unwrap()
 }
 
 /// Asks by a connection that may be refused; the status.
