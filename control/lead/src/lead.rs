@@ -171,6 +171,8 @@ pub(crate) struct Lead {
     pub(crate) planned: watch::Sender<Planned>,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
+    /// Shared by who proposes, from before that look on; held alone by a leader that waits for what was proposed.
+    pub(crate) proposing: tokio::sync::RwLock<()>,
     /// Keys for requests that come without one.
     pub(crate) keys: Keys,
     /// Whether this lead is in touch with its group.
@@ -241,6 +243,10 @@ impl Lead {
 
     /// Serves an ask as the leader.
     pub(crate) async fn answer(&self, ask: Ask) -> Result<Answer, AskError> {
+        let _proposing = match &ask {
+            Ask::Propose(_) => Some(self.proposing.read().await),
+            _ => None,
+        };
         if !self.leads() || self.gives_way.load(Ordering::Relaxed) {
             return Err(ProposeError::NotLeader.into());
         }

@@ -226,7 +226,12 @@ impl Lead {
             alive: self.alive(&roll).await,
         };
         self.gives_way.store(true, Ordering::Relaxed);
-        let heir = hand_over.run().await;
+        // What is on its way into the log is written first: an heir that has not got it could not win.
+        let written = timeout(self.timers.lease(), self.proposing.write()).await;
+        let heir = match written.map(drop) {
+            Ok(()) => hand_over.run().await,
+            Err(_) => None,
+        };
         self.gives_way.store(false, Ordering::Relaxed);
         let none = || MemberError::NoHeir(self.name.clone());
         Ok(heir.ok_or_else(none)?)

@@ -100,6 +100,7 @@ impl Running {
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
             gives_way: AtomicBool::new(false),
+            proposing: tokio::sync::RwLock::default(),
             in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
             revoked: OnceLock::new(),
