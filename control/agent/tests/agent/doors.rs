@@ -4,7 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -23,58 +23,9 @@ use tokio_rustls::TlsConnector;
 use crate::{
     Running,
     authority::Authority,
-    fake::{DEADLINE, FakeDriver, FakeLead, FakeNode, hello, soon},
+    fake::{FakeDriver, FakeLead, FakeNode, hello, soon},
+    log::Log,
 };
-
-/// What this process logged so far, of all tests.
-#[derive(Clone, Copy)]
-struct Log;
-
-static LOGGED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
-
-impl Log {
-    /// From now on what is logged is kept.
-    fn start() {
-        static STARTED: OnceLock<()> = OnceLock::new();
-        STARTED.get_or_init(|| {
-            tracing_subscriber::fmt()
-                .with_max_level(tracing::Level::WARN)
-                .with_ansi(false)
-                .with_writer(|| Self)
-                .init();
-        });
-    }
-
-    /// Waits until one line holds all of these.
-    async fn says(parts: &[&str]) {
-        let end = tokio::time::Instant::now() + DEADLINE;
-        loop {
-            let is_there = {
-                let logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-                let text = String::from_utf8_lossy(&logged);
-                text.lines()
-                    .any(|line| parts.iter().all(|part| line.contains(part)))
-            };
-            if is_there {
-                return;
-            }
-            assert!(tokio::time::Instant::now() < end, "no line has {parts:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-}
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-        logged.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// TLS with the certificate in `dir`, or with none; it does not look at who answers.
 fn tls(authority: &Authority, dir: Option<&Path>) -> Arc<ClientConfig> {
@@ -122,7 +73,6 @@ async fn knock(at: SocketAddr, tls: Arc<ClientConfig>) -> io::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_shows_no_good_certificate_does_not_get_past_tls() {
-    Log::start();
     let authority = Authority::new();
     let agent = Running::start(&authority, nobody(), None, FakeDriver::new()).await;
     let day = Duration::from_secs(86_400);
@@ -163,7 +113,6 @@ async fn who_shows_no_good_certificate_does_not_get_past_tls() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_nodes_of_this_cluster_come_in_and_speak_for_themselves() {
-    Log::start();
     let authority = Authority::new();
     let agent = Running::start(&authority, nobody(), None, FakeDriver::new()).await;
     for (who, named, refusal) in [
@@ -196,7 +145,6 @@ async fn only_nodes_of_this_cluster_come_in_and_speak_for_themselves() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_the_leads_revoked_is_cut_off_also_after_a_restart_without_leads() {
-    Log::start();
     let authority = Authority::new();
     let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
     let (leads, state) = (vec![lead.address], Some(authority.state()));
@@ -239,7 +187,6 @@ async fn a_node_that_the_leads_revoked_is_cut_off_also_after_a_restart_without_l
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lead_that_is_revoked_is_followed_no_more() {
-    Log::start();
     let authority = Authority::new();
     let mut lead = FakeLead::start(&authority.issue("lead/stolen")).await;
     let leads = vec![lead.address];

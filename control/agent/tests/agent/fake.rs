@@ -83,6 +83,20 @@ impl AgentStream {
         .await
     }
 
+    /// Whether the agent asks for a renewal before it leaves.
+    pub(crate) async fn asks_for_renewal(&mut self) -> bool {
+        soon("a renewal", async {
+            loop {
+                match self.said.recv().await {
+                    Some(FromAgent::Alive { .. }) => return true,
+                    Some(_) => {}
+                    None => return false,
+                }
+            }
+        })
+        .await
+    }
+
     /// The next report that satisfies `wanted`; renewals are counted meanwhile.
     pub(crate) async fn report(
         &mut self,
