@@ -19,6 +19,7 @@ use netmanager_api::{
     },
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
+use rustls::ServerConfig;
 use tokio::{
     io::{DuplexStream, copy_bidirectional, duplex},
     net::TcpListener,
@@ -156,7 +157,7 @@ impl Agent {
 /// Hands each connection's plain bytes on; they end with this task.
 async fn accept(
     listener: TcpListener,
-    tls: Arc<tokio_rustls::rustls::ServerConfig>,
+    tls: Arc<ServerConfig>,
     streams: mpsc::Sender<io::Result<DuplexStream>>,
     refused: mpsc::UnboundedSender<io::Error>,
 ) {

@@ -1,11 +1,19 @@
 //! Benchmarks by name; each is a program of its own under `tests/`, built for release.
 
-use std::process::Command;
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::{build, host};
+use crate::{
+    build,
+    debian::{self, Apt},
+    host,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -20,6 +28,9 @@ pub(crate) struct BenchArgs {
     /// Fail where a gate is missed.
     #[arg(long)]
     gate: bool,
+    /// How often `control` kills the leader; 3 unless it is said.
+    #[arg(long)]
+    kills: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -32,12 +43,20 @@ enum Bench {
     Tunnel,
     /// 10,000 services with 100,000 backends: load, one change, bytes, nanoseconds per packet.
     Table,
+    /// Changes acknowledged by three leads against a three-member etcd, and what a lost leader costs.
+    Control,
 }
 
 /// Builds what is measured and what measures, and runs it.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
-    host::check(host::Needs::NETFILTER)?;
-    let binaries = build::release(build::DATA_PATH)?;
+    host::check(match args.name {
+        Bench::Control => host::Needs::NETWORK,
+        _ => host::Needs::NETFILTER,
+    })?;
+    let binaries = build::release(match args.name {
+        Bench::Control => build::CONTROL_PLANE,
+        _ => build::DATA_PATH,
+    })?;
     let bench = build::executables(&["weft-tests"])?
         .remove("weft-bench")
         .context("cargo built no weft-bench")?;
@@ -46,9 +65,15 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         Bench::Datapath => "datapath",
         Bench::Tunnel => "tunnel",
         Bench::Table => "table",
+        Bench::Control => "control",
+    };
+    let own = match args.name {
+        Bench::Control => control(args, &binaries)?,
+        _ => Vec::new(),
     };
     let status = Command::new(bench)
         .arg(name)
+        .args(own)
         .arg("--binaries")
         .arg(binaries)
         .args(["--machine", &host::machine()])
@@ -59,4 +84,31 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         .context("failed to start weft-bench")?;
     ensure!(status.success(), "weft-bench {name}: {status}");
     Ok(())
+}
+
+/// What `control` needs besides: etcd, and a folder on the disk that holds the build.
+fn control(args: &BenchArgs, binaries: &Path) -> Result<Vec<OsString>> {
+    let mut own: Vec<OsString> = vec!["--etcd".into(), etcd()?.into()];
+    own.extend(["--data".into(), binaries.into()]);
+    if let Some(kills) = args.kills {
+        own.extend(["--kills".into(), kills.to_string().into()]);
+    }
+    Ok(own)
+}
+
+/// Debian's etcd, from the cache or downloaded into it.
+fn etcd() -> Result<PathBuf> {
+    let cache = debian::cache("bench")?;
+    let folder = cache.join("etcd-server");
+    let program = folder.join("usr/bin/etcd");
+    if !program.exists() {
+        let apt = Apt::suite("bookworm", &debian::cache("bench/bookworm")?)?;
+        apt.unpack(&["etcd-server"], &folder, "usr/bin/etcd")?;
+    }
+    ensure!(
+        program.exists(),
+        "etcd-server holds no {}",
+        program.display()
+    );
+    Ok(program)
 }

@@ -16,6 +16,8 @@ use serde_json::Value;
 type Groups = &'static [&'static [&'static str]];
 /// All of the product.
 pub(crate) const PRODUCT: Groups = &[&["weft", "weft-netmanager", "bookinfo"], &["weft-cni"]];
+/// What decides.
+pub(crate) const CONTROL_PLANE: Groups = &[&["weft"]];
 /// What carries packets.
 pub(crate) const DATA_PATH: Groups = &[&["weft-netmanager"], &["weft-cni"]];
 

@@ -9,6 +9,7 @@ use weft_tests::steal::CpuTime;
 use crate::{
     awake::Awake,
     case::{self, Case},
+    control::{self, Control},
     figures::{Figures, Series},
     gate::{self, Gate},
     load::{Family, Metric},
@@ -21,7 +22,10 @@ use crate::{
 /// The fewest rounds whose interval means something.
 const FEWEST: u32 = 15;
 
-/// Measures Weft's data path beside its peers.
+/// How long each load lasts in each round unless it is said.
+const LOAD: Duration = Duration::from_millis(250);
+
+/// Measures Weft beside its peers.
 #[derive(Debug, Parser)]
 #[command(name = "weft-bench")]
 pub(crate) struct Bench {
@@ -36,9 +40,9 @@ pub(crate) struct Bench {
     /// Interleaved rounds, at least 15.
     #[arg(long, global = true, default_value_t = FEWEST)]
     rounds: u32,
-    /// How long each load lasts in each round, milliseconds.
-    #[arg(long, global = true, default_value_t = 250)]
-    millis: u64,
+    /// How long each load lasts in each round, milliseconds: 250, for `control` 2,000.
+    #[arg(long, global = true)]
+    millis: Option<u64>,
     /// Only these metrics; all by default.
     #[arg(long, global = true, value_enum)]
     metric: Vec<Metric>,
@@ -50,7 +54,7 @@ pub(crate) struct Bench {
     gate: bool,
 }
 
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Name {
     /// A VIP on one node.
     Vip,
@@ -60,6 +64,8 @@ enum Name {
     Tunnel,
     /// 10,000 services with 100,000 backends: how long they load, what they weigh.
     Table,
+    /// Changes acknowledged by three leads, and what a lost leader costs.
+    Control(Control),
 }
 
 /// What was measured, what each series is divided by, and what is demanded.
@@ -67,6 +73,8 @@ struct Measured {
     figures: Figures,
     reference: fn(Series) -> Series,
     gates: &'static [Gate],
+    /// Of the machine, what else matters.
+    place: String,
 }
 
 impl Bench {
@@ -79,11 +87,12 @@ impl Bench {
         );
         let (load, time) = (load_average(), CpuTime::now()?);
         let _awake = Awake::keep()?;
-        let measured = match self.name {
+        let measured = match &self.name {
             Name::Vip => self.vip()?,
             Name::Datapath => self.datapath()?,
             Name::Tunnel => self.tunnel()?,
             Name::Table => self.table()?,
+            Name::Control(control) => self.control(control)?,
         };
         let report = Report {
             bench: match self.name {
@@ -91,10 +100,12 @@ impl Bench {
                 Name::Datapath => "datapath",
                 Name::Tunnel => "tunnel",
                 Name::Table => "table",
+                Name::Control(_) => "control",
             },
             machine: format!(
-                "{}, load average {load} before, {:.1} % of the time stolen by its host",
+                "{}{}, load average {load} before, {:.1} % of the time stolen by its host",
                 self.machine,
+                measured.place,
                 100.0 * time.stolen_until(CpuTime::now()?)
             ),
             rounds: self.rounds,
@@ -122,10 +133,33 @@ impl Bench {
     }
 
     fn rounds(&self) -> Rounds {
+        self.rounds_of(LOAD)
+    }
+
+    /// Rounds whose loads last so long unless it is said.
+    fn rounds_of(&self, time: Duration) -> Rounds {
         Rounds {
             count: self.rounds,
-            time: Duration::from_millis(self.millis),
+            time: self.millis.map_or(time, Duration::from_millis),
         }
+    }
+
+    fn control(&self, control: &Control) -> Result<Measured> {
+        let mut figures = Figures::default();
+        let rounds = self.rounds_of(control::LOAD);
+        let place = control.measure(&self.binaries, rounds, &mut figures)?;
+        Ok(Measured {
+            figures,
+            reference: |series| Series {
+                case: match series.case {
+                    control::WEFT => control::ETCD,
+                    other => other,
+                },
+                ..series
+            },
+            gates: gate::CONTROL,
+            place: format!(", {place}"),
+        })
     }
 
     fn vip(&self) -> Result<Measured> {
@@ -148,6 +182,7 @@ impl Bench {
             figures,
             reference: by_direct_route,
             gates: gate::VIP,
+            place: String::new(),
         })
     }
 
@@ -196,6 +231,7 @@ impl Bench {
                 }
             },
             gates: gate::DATAPATH,
+            place: String::new(),
         })
     }
 
@@ -220,6 +256,7 @@ impl Bench {
                 ..series
             },
             gates: gate::TUNNEL,
+            place: String::new(),
         })
     }
 
@@ -236,6 +273,7 @@ impl Bench {
                 ..series
             },
             gates: gate::TABLE,
+            place: String::new(),
         })
     }
 }

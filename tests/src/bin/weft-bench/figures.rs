@@ -84,6 +84,17 @@ impl Figures {
         Some(interval(&compared))
     }
 
+    /// The median of a series between its least and its greatest value.
+    pub(crate) fn range(&self, own: Series) -> Option<Interval> {
+        let rounds = &self.values.get(&own)?.rounds;
+        let sorted = sorted(rounds);
+        Some(Interval {
+            median: median(rounds),
+            low: *sorted.first()?,
+            high: *sorted.last()?,
+        })
+    }
+
     /// A line for each series; `reference` says what it is divided by.
     pub(crate) fn rows(&self, reference: impl Fn(Series) -> Series) -> Vec<Row> {
         let row = |(series, measured): (&Series, &Measured)| {

@@ -5,7 +5,7 @@
 use serde::Serialize;
 
 use crate::{
-    case,
+    case, control,
     figures::{Figures, Interval, Series},
     load::{Family, Metric},
     statistics, table, tunnel,
@@ -40,7 +40,11 @@ enum Bound {
     /// Units of the metric more than the reference.
     MoreAtMost(f64),
     /// Units of the metric.
+    AtLeast(f64),
+    /// Units of the metric.
     AtMost(f64),
+    /// Units of the metric, in every round.
+    NeverMore(f64),
 }
 
 /// A gate as it came out.
@@ -156,6 +160,38 @@ const fn at_most(metric: &'static str, most: f64) -> Gate {
     }
 }
 
+/// `bench control`.
+pub(crate) const CONTROL: &[Gate] = &[
+    weft(control::WRITES, Against::Nothing, Bound::AtLeast(2_500.0)),
+    weft(
+        control::WRITES,
+        Against::Case(control::ETCD),
+        Bound::RatioAtLeast(0.7),
+    ),
+    weft(control::P99, Against::Nothing, Bound::AtMost(50.0)),
+    weft(
+        control::LEADER_KILLED,
+        Against::Nothing,
+        Bound::NeverMore(1_500.0),
+    ),
+    weft(control::LOST, Against::Nothing, Bound::NeverMore(0.0)),
+    weft(
+        control::DRAINED,
+        Against::Nothing,
+        Bound::NeverMore(2.0 * control::LEASE_MS),
+    ),
+];
+
+const fn weft(metric: &'static str, against: Against, bound: Bound) -> Gate {
+    Gate {
+        case: Some(control::WEFT),
+        metric: Some(metric),
+        against,
+        bound,
+        source: "issue 4, done when",
+    }
+}
+
 /// Every gate whose series were measured, with how it came out.
 pub(crate) fn judge(gates: &[Gate], figures: &Figures) -> Vec<Verdict> {
     let judged = |gate: &Gate| -> Vec<Verdict> {
@@ -192,14 +228,19 @@ impl Gate {
         let compare = match self.bound {
             Bound::RatioAtLeast(_) | Bound::RatioAtMost(_) => |own: f64, other: f64| own / other,
             Bound::MoreAtMost(_) => |own: f64, other: f64| own - other,
-            Bound::AtMost(_) => |own: f64, _| own,
+            Bound::AtLeast(_) | Bound::AtMost(_) | Bound::NeverMore(_) => |own: f64, _| own,
         };
-        let value = figures.compare(own, reference, compare)?;
+        let value = match self.bound {
+            Bound::NeverMore(_) => figures.range(own)?,
+            _ => figures.compare(own, reference, compare)?,
+        };
         let (bound, passes) = match self.bound {
             Bound::RatioAtLeast(least) => (format!(">= {least:.2}"), value.low >= least),
             Bound::RatioAtMost(most) => (format!("<= {most:.2}"), value.high <= most),
             Bound::MoreAtMost(most) => (format!("+{most:.1} at most"), value.high <= most),
+            Bound::AtLeast(least) => (format!(">= {least:.0}"), value.low >= least),
             Bound::AtMost(most) => (format!("<= {most:.0}"), value.high <= most),
+            Bound::NeverMore(most) => (format!("always <= {most:.0}"), value.high <= most),
         };
         Some(Verdict {
             gate: format!("{} of {}{name} {bound}", own.metric, own.case),
@@ -274,6 +315,46 @@ mod tests {
             let verdicts = judge(TABLE, &figures);
             assert_eq!(verdicts.len(), 1, "{verdicts:?}");
             assert_eq!(verdicts[0].passes, passes, "{verdicts:?}");
+        }
+    }
+
+    #[test]
+    fn what_must_never_be_more_is_judged_by_its_worst_round() {
+        for (worst, passes) in [(1_500.0, true), (1_500.1, false)] {
+            let mut figures = Figures::default();
+            let series = Series {
+                metric: control::LEADER_KILLED,
+                family: Family::Ipv4,
+                case: control::WEFT,
+            };
+            for value in [900.0; 15].into_iter().chain([worst]) {
+                figures.push(series, "ms", value);
+            }
+            let verdicts = judge(CONTROL, &figures);
+            assert_eq!(verdicts.len(), 1, "{verdicts:?}");
+            assert_eq!(verdicts[0].passes, passes, "{verdicts:?}");
+        }
+    }
+
+    #[test]
+    fn changes_are_judged_by_their_number_and_beside_etcd() {
+        for (weft, etcd, passes) in [
+            (2_500.0, 3_500.0, [true, true]),
+            (2_499.0, 3_500.0, [false, true]),
+            (2_500.0, 3_600.0, [true, false]),
+        ] {
+            let mut figures = Figures::default();
+            for (case, value) in [(control::WEFT, weft), (control::ETCD, etcd)] {
+                let series = Series {
+                    metric: control::WRITES,
+                    family: Family::Ipv4,
+                    case,
+                };
+                figures.push(series, "1/s", value);
+            }
+            let verdicts = judge(CONTROL, &figures);
+            let passed: Vec<_> = verdicts.iter().map(|verdict| verdict.passes).collect();
+            assert_eq!(passed, passes, "{verdicts:?}");
         }
     }
 

@@ -1,9 +1,10 @@
-//! `weft-bench`: measures Weft's data path beside its peers in one run; started by `cargo xtask bench`.
+//! `weft-bench`: measures Weft beside its peers in one run; started by `cargo xtask bench`.
 #![forbid(unsafe_code)]
 
 mod awake;
 mod bench;
 mod case;
+mod control;
 mod figures;
 mod gate;
 mod load;

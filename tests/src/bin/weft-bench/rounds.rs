@@ -31,10 +31,10 @@ pub(crate) struct Watched<'a> {
 impl Rounds {
     /// As many measurements again as there are.
     fn repeats(self, metrics: &[Metric]) -> Repeats {
-        Repeats(self.count * pairs(metrics).count() as u32)
+        Repeats::new(self.count * pairs(metrics).count() as u32)
     }
 
-    fn each(self, mut round: impl FnMut(usize) -> Result<()>) -> Result<()> {
+    pub(crate) fn each(self, mut round: impl FnMut(usize) -> Result<()>) -> Result<()> {
         for number in 0..self.count as usize {
             round(number)?;
             eprintln!("round {} of {}", number + 1, self.count);
@@ -126,12 +126,17 @@ const MUCH: f64 = 0.03;
 
 /// How often something may be measured again because time was stolen.
 #[derive(Debug)]
-struct Repeats(u32);
+pub(crate) struct Repeats(u32);
 
 impl Repeats {
+    /// So many are left.
+    pub(crate) const fn new(left: u32) -> Self {
+        Self(left)
+    }
+
     /// Measures, and again while too much time was stolen and repeats are left. Whether a result counts does not
     /// depend on what it is.
-    fn undisturbed<T>(&mut self, mut measure: impl FnMut() -> Result<T>) -> Result<T> {
+    pub(crate) fn undisturbed<T>(&mut self, mut measure: impl FnMut() -> Result<T>) -> Result<T> {
         loop {
             let before = cpu_time()?;
             let measured = measure()?;
