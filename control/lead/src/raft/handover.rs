@@ -1,7 +1,8 @@
 //! Handing the lead over without waiting for anybody to miss it.
 //!
 //! ```text
-//!  leader: takes no more changes --> an heir has its whole log --> no more heartbeats --> "stand!"
+//!  leader: takes no more changes --> those that wait are written --> an heir has its whole log --> no more
+//!          heartbeats --> "stand!"
 //!  heir:   stands until it leads; the old leader votes at once, the others when their lease is over
 //! ```
 //!

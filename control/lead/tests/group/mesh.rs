@@ -219,8 +219,14 @@ impl TestMesh {
 
     /// Starts a lead again, where it was.
     pub(crate) async fn start_lead(&mut self, name: &str) {
-        let listener = TcpListener::bind(self.addresses[name]).await.unwrap();
-        self.run(name, listener);
+        // Its port was free meanwhile: another's connection may have it for a moment.
+        let mut listener = None;
+        wait_for("its port", LIMIT, async || {
+            listener = TcpListener::bind(self.addresses[name]).await.ok();
+            listener.is_some()
+        })
+        .await;
+        self.run(name, listener.unwrap());
     }
 
     /// Where a lead's door is.
