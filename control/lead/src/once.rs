@@ -19,7 +19,7 @@ pub(crate) const HEADER: &str = "idempotency-key";
 /// The longest key of a caller's, characters.
 const LONGEST: usize = 64;
 /// The feature level that knows commands with a key.
-const LEVEL: u32 = 1;
+pub(crate) const LEVEL: u32 = 1;
 /// The feature level that knows who asked.
 pub(crate) const SIGNED: u32 = 2;
 

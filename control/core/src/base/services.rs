@@ -1,6 +1,6 @@
 //! Commands about applications: their services' numbers and addresses, and the slots that go.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use ebpf_common::addr::{Mesh4, Mesh6, Name4, Name6, Policy};
 
@@ -16,6 +16,15 @@ use crate::{
 };
 
 impl KnowledgeBase {
+    /// Whether `spec` would be taken now; changes nothing.
+    ///
+    /// # Errors
+    /// What [`Command::Apply`](crate::command::Command::Apply) would be refused for.
+    pub fn check_application(&self, spec: &Application) -> Result<(), Refusal> {
+        spec.check()?;
+        self.numbered_all(spec).map(|_| ())
+    }
+
     pub(super) fn apply_application(&mut self, spec: &Application) -> Outcome {
         spec.check()?;
         let known = self.applications.get(&spec.name);
@@ -23,8 +32,48 @@ impl KnowledgeBase {
             return Ok(Applied::Unchanged);
         }
         let generation = known.map_or(1, |known| known.generation.saturating_add(1));
-        // Numbers are taken from a copy, so that a refusal half-way leaves nothing behind.
-        let mut numbers = self.numbers.clone();
+        let (numbers, services) = self.numbered_all(spec)?;
+        let gone: Vec<ServiceName> = known
+            .into_iter()
+            .flat_map(services_of)
+            .filter(|name| !services.contains_key(name))
+            .collect();
+        if let Cow::Owned(numbers) = numbers {
+            self.numbers = numbers;
+        }
+        for service in gone {
+            self.end_service(&service);
+        }
+        self.services.extend(services);
+        let state = AppState {
+            spec: spec.clone(),
+            generation,
+            changed_ms: self.log_time_ms,
+        };
+        self.applications.insert(spec.name.clone(), state);
+        self.scale_down(spec);
+        self.touch_tables();
+        Ok(Applied::Generation(generation))
+    }
+
+    pub(super) fn delete_application(&mut self, name: &AppName) -> Outcome {
+        let Some(state) = self.applications.remove(name) else {
+            return Err(Refusal::UnknownApplication(name.clone()));
+        };
+        for service in services_of(&state) {
+            self.end_service(&service);
+        }
+        self.touch_tables();
+        Ok(Applied::Changed)
+    }
+
+    /// The services of `spec` with their numbers, and all numbers then: a copy, if one was taken or given back, so that
+    /// a refusal half-way leaves nothing behind.
+    fn numbered_all(
+        &self,
+        spec: &Application,
+    ) -> Result<(Cow<'_, Numbers>, BTreeMap<ServiceName, Service>), Refusal> {
+        let mut numbers = Cow::Borrowed(&self.numbers);
         let mut services = BTreeMap::new();
         for (i, (name, goal)) in spec.services.iter().enumerate() {
             let name = spec.name.service(name);
@@ -37,49 +86,13 @@ impl KnowledgeBase {
             )?;
             services.insert(name, service);
         }
-        self.numbers = numbers;
-        let gone: Vec<ServiceName> = self
-            .services
-            .keys()
-            .filter(|name| name.app() == spec.name && !services.contains_key(*name))
-            .cloned()
-            .collect();
-        for service in gone {
-            self.end_service(&service);
-        }
-        self.services.extend(services);
-        let state = AppState {
-            spec: spec.clone(),
-            generation,
-            changed_ms: self.log_time_ms,
-        };
-        self.applications.insert(spec.name.clone(), state);
-        self.scale_down(&spec.name);
-        self.touch_tables();
-        Ok(Applied::Generation(generation))
-    }
-
-    pub(super) fn delete_application(&mut self, name: &AppName) -> Outcome {
-        if self.applications.remove(name).is_none() {
-            return Err(Refusal::UnknownApplication(name.clone()));
-        }
-        let services: Vec<ServiceName> = self
-            .services
-            .keys()
-            .filter(|service| service.app() == *name)
-            .cloned()
-            .collect();
-        for service in services {
-            self.end_service(&service);
-        }
-        self.touch_tables();
-        Ok(Applied::Changed)
+        Ok((numbers, services))
     }
 
     /// A service with its numbers: the ones it has, the ones asked for, or the next.
     fn numbered(
         &self,
-        numbers: &mut Numbers,
+        numbers: &mut Cow<'_, Numbers>,
         path: &str,
         (name, goal): (&ServiceName, &goal::Service),
         template: Template,
@@ -92,18 +105,22 @@ impl KnowledgeBase {
             (Some(known), None) => known.number6,
             (Some(known), Some((number, _))) if number == known.number6 => number,
             (Some(_), Some((_, vip))) => return Err(vip.refuse(FIXED)),
-            (None, Some((number, vip))) => vip.take(&mut numbers.services6, number)?,
-            (None, None) => numbers.services6.take(u32::MAX, "service numbers")?,
+            (None, Some((number, vip))) => vip.take(&mut numbers.to_mut().services6, number)?,
+            (None, None) => numbers
+                .to_mut()
+                .services6
+                .take(u32::MAX, "service numbers")?,
         };
         let known4 = known.and_then(|known| known.number4);
         let number4 = match (known4, wanted.number4) {
             (Some(known), None) => Some(known),
             (Some(known), Some((number, _))) if number == known => Some(number),
             (Some(_), Some((_, vip))) => return Err(vip.refuse(FIXED)),
-            (None, Some((number, vip))) => Some(vip.take(&mut numbers.services4, number)?),
+            (None, Some((number, vip))) => Some(vip.take(&mut numbers.to_mut().services4, number)?),
             (None, None) => match space4 {
                 Some(space) => Some(
                     numbers
+                        .to_mut()
                         .services4
                         .take(1 << space.number_bits(), "IPv4 service numbers")?,
                 ),
@@ -119,13 +136,18 @@ impl KnowledgeBase {
             0
         };
         for number in instance4.split_off(&slots).into_values() {
-            numbers.instances4.release(number, self.rest_of(name));
+            let rest = self.rest_of(name);
+            numbers.to_mut().instances4.release(number, rest);
         }
         if let Some(space) = space4 {
             for slot in 0..slots {
                 if let std::collections::btree_map::Entry::Vacant(entry) = instance4.entry(slot) {
                     let size = 1 << space.number_bits();
-                    entry.insert(numbers.instances4.take(size, "IPv4 instance numbers")?);
+                    let number = numbers
+                        .to_mut()
+                        .instances4
+                        .take(size, "IPv4 instance numbers");
+                    entry.insert(number?);
                 }
             }
         }
@@ -172,18 +194,19 @@ impl KnowledgeBase {
     }
 
     /// Slots that the specification no longer has: they drain, then they stop.
-    fn scale_down(&mut self, app: &AppName) {
-        let beyond = |kb: &Self, slot: &Slot| {
-            slot.service.app() == *app
-                && kb
-                    .goal(&slot.service)
-                    .is_some_and(|goal| slot.instance >= goal.replicas)
-        };
-        let gone: Vec<Slot> = self
-            .slots
-            .keys()
-            .filter(|slot| beyond(self, slot))
-            .cloned()
+    fn scale_down(&mut self, spec: &Application) {
+        let beyond: Vec<_> = spec
+            .services
+            .iter()
+            .map(|(service, goal)| {
+                let service = spec.name.service(service);
+                service.slot(goal.replicas)..=service.slot(u32::MAX)
+            })
+            .collect();
+        let gone: Vec<Slot> = beyond
+            .iter()
+            .flat_map(|beyond| self.slots.range(beyond.clone()))
+            .map(|(slot, _)| slot.clone())
             .collect();
         let deadline_ms = self.log_time_ms + DRAIN_MS;
         for slot in gone {
@@ -205,11 +228,10 @@ impl KnowledgeBase {
             }
         }
         // A migration of a slot that is gone is gone too, also where nothing is bound any more.
-        let gone: Vec<Slot> = self
-            .migrations
-            .keys()
-            .filter(|slot| beyond(self, slot))
-            .cloned()
+        let gone: Vec<Slot> = beyond
+            .into_iter()
+            .flat_map(|beyond| self.migrations.range(beyond))
+            .map(|(slot, _)| slot.clone())
             .collect();
         for slot in gone {
             self.migrations.remove(&slot);
@@ -250,6 +272,12 @@ impl KnowledgeBase {
         }
         vips
     }
+}
+
+/// The services of an application.
+fn services_of(state: &AppState) -> impl Iterator<Item = ServiceName> {
+    let AppState { spec, .. } = state;
+    spec.services.keys().map(|name| spec.name.service(name))
 }
 
 fn address6(space: Mesh6, policy: Policy, service: u32, instance: u32) -> std::net::Ipv6Addr {
