@@ -10,7 +10,7 @@ use control_core::{
     command::Command,
     plan::{Failover, Inputs, plan},
 };
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::{
     lead::{Answer, Ask, Lead, Planned},
@@ -19,6 +19,9 @@ use crate::{
 
 /// How often the leader looks when nothing changes.
 const TICK: Duration = Duration::from_millis(250);
+/// How long the loop rests after a round, at least and at the most: as long as the round took, so that planning a large
+/// mesh leaves the leader half of its time for changes, and those that come meanwhile are planned for together.
+const REST: [Duration; 2] = [Duration::from_millis(4), Duration::from_millis(50)];
 
 /// What one round came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +42,13 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
     let mut alarm = Failover::Run;
     loop {
         applied.mark_unchanged();
+        let seen = lead.replica.applied();
+        let mut took = Duration::ZERO;
         let round = if lead.leads() && lead.has_majority() {
-            step(&lead, mesh.as_ref(), &mut alarm).await
+            let started = Instant::now();
+            let commands = decide(&lead, mesh.as_ref(), &mut alarm);
+            took = started.elapsed();
+            carry_out(&lead, seen, commands).await
         } else {
             Round::Quiet
         };
@@ -48,10 +56,12 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
             tick.tick().await;
             continue;
         }
+        let rest = sleep(took.clamp(REST[0], REST[1]));
         tokio::select! {
             _ = tick.tick() => {}
             changed = applied.changed() => if changed.is_err() { return },
         }
+        rest.await;
     }
 }
 
@@ -77,9 +87,8 @@ fn decide(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Vec<Command
     lost.chain(planned).collect()
 }
 
-async fn step(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Round {
-    let applied = lead.replica.applied();
-    let commands = decide(lead, mesh, alarm);
+/// Proposes what was decided when everything up to entry `applied` was known.
+async fn carry_out(lead: &Lead, applied: u64, commands: Vec<Command>) -> Round {
     if commands.is_empty() {
         lead.planned.send_replace(Planned {
             seen: applied,
