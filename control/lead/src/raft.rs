@@ -7,7 +7,7 @@
 //!                                  Machine --> Replica (the Knowledge Base and its watchers)
 //! ```
 //!
-//! The log, the vote and the snapshots are on disk before they are acknowledged (I6). What a [`Batch`] means is
+//! The log, the vote and the snapshots are on disk before they are acknowledged (I6). What a batch of commands means is
 //! control-core's; this module only orders it.
 
 mod codec;
@@ -20,13 +20,15 @@ mod machine;
 pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod propose;
+mod recent;
 mod recover;
+mod shared;
 #[cfg(test)]
 mod tests;
 
 use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
 
-use control_core::command::{Batch, Outcome};
+use control_core::command::Outcome;
 use openraft::{Config, LogId, SnapshotPolicy, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 
@@ -36,13 +38,16 @@ pub(crate) use self::handover::{HandOver, PATH as STAND};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub use self::recover::{RecoverError, Recovery, Survivor};
-use self::{disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network};
+use self::{
+    disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network,
+    shared::SharedBatch,
+};
 use crate::{replica::Replica, world::Storage};
 
 openraft::declare_raft_types!(
     /// The types of our Raft group.
     pub(crate) Types:
-        D = Batch,
+        D = SharedBatch,
         R = Vec<Outcome>,
         NodeId = u64,
         Node = Member,

@@ -1,6 +1,11 @@
 //! The log and the vote, as openraft wants them, on [`Disk`].
 
-use std::{fmt::Debug, io, ops::RangeBounds};
+use std::{
+    fmt::Debug,
+    io,
+    ops::RangeBounds,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use openraft::{
     Entry, LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError, Vote,
@@ -13,6 +18,7 @@ use super::{
     disk::{Disk, DiskError, Write, put},
     encode,
     machine::{Machine, Stored},
+    recent::Recent,
 };
 
 type Result<T> = std::result::Result<T, StorageError<u64>>;
@@ -21,13 +27,23 @@ type Result<T> = std::result::Result<T, StorageError<u64>>;
 #[derive(Clone, Debug)]
 pub(crate) struct LogStore {
     disk: Disk,
+    /// What is on disk as well.
+    recent: Arc<Mutex<Recent>>,
     stored: watch::Receiver<Stored>,
 }
 
 impl LogStore {
     pub(crate) fn new(disk: Disk, machine: &Machine) -> Self {
         let stored = machine.watch_stored();
-        Self { disk, stored }
+        Self {
+            disk,
+            recent: Arc::default(),
+            stored,
+        }
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the snapshot that takes the place of the entries up to `last` is on disk: openraft 0.9 purges them while
@@ -70,7 +86,10 @@ impl RaftLogReader<Types> for LogStore {
         &mut self,
         range: R,
     ) -> Result<Vec<Entry<Types>>> {
-        self.disk.entries(range).map_err(read_failed)
+        match self.recent().range(&range) {
+            Some(entries) => Ok(entries),
+            None => self.disk.entries(range).map_err(read_failed),
+        }
     }
 }
 
@@ -126,17 +145,26 @@ impl RaftLogStorage<Types> for LogStore {
         I: IntoIterator<Item = Entry<Types>> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
+        let entries: Vec<_> = entries.into_iter().collect();
         let rows: std::result::Result<Vec<_>, _> = entries
-            .into_iter()
-            .map(|entry| Ok((entry.log_id.index, encode(&entry)?)))
+            .iter()
+            .map(|entry| Ok((entry.log_id.index, encode(entry)?)))
             .collect();
         let rows = rows.map_err(write_failed)?;
+        let sizes: Vec<_> = rows.iter().map(|(_, row)| row.len()).collect();
         let written = self.disk.write(vec![Write::Append(rows)]).await;
+        if written.is_ok() {
+            let mut recent = self.recent();
+            for (entry, size) in entries.into_iter().zip(sizes) {
+                recent.push(entry, size);
+            }
+        }
         callback.log_io_completed(written.map_err(io::Error::other));
         Ok(())
     }
 
     async fn truncate(&mut self, log_id: LogId<u64>) -> Result<()> {
+        self.recent().truncate_from(log_id.index);
         self.disk
             .write(vec![Write::TruncateFrom(log_id.index)])
             .await
@@ -145,6 +173,7 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {
         self.is_replaceable(log_id).await.map_err(write_failed)?;
+        self.recent().purge_to(log_id.index);
         let purged = put("purged", &log_id).map_err(write_failed)?;
         self.disk
             .write(vec![purged, Write::PurgeTo(log_id.index)])

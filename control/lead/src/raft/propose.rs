@@ -73,7 +73,7 @@ pub(crate) trait Log: Send + Sync + 'static {
 
 impl Log for Raft {
     async fn commit(&self, batch: Batch) -> Result<(u64, Vec<Outcome>), ProposeError> {
-        match self.client_write(batch).await {
+        match self.client_write(batch.into()).await {
             Ok(written) => Ok((written.log_id.index, written.data)),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => {
                 Err(ProposeError::NotLeader)
@@ -105,13 +105,18 @@ impl Proposer {
 
 async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
     while let Some(first) = queue.recv().await {
-        let jobs = gather(first, &mut queue).await;
+        let mut commands = Vec::new();
+        let mut waiting = Vec::new();
+        for job in gather(first, &mut queue).await {
+            waiting.push((job.commands.len(), job.reply));
+            commands.extend(job.commands);
+        }
         let batch = Batch {
             log_time_ms: clock.now_ms(),
-            commands: jobs.iter().flat_map(|job| job.commands.clone()).collect(),
+            commands,
         };
         let committed = timeout(COMMIT, log.commit(batch)).await;
-        answer(jobs, committed.unwrap_or(Err(ProposeError::Unknown)));
+        answer(waiting, committed.unwrap_or(Err(ProposeError::Unknown)));
     }
 }
 
@@ -130,25 +135,21 @@ async fn gather(first: Job, queue: &mut mpsc::Receiver<Job>) -> Vec<Job> {
     jobs
 }
 
-fn answer(jobs: Vec<Job>, committed: Result<(u64, Vec<Outcome>), ProposeError>) {
-    let committed = committed.map(|(index, outcomes)| (index, outcomes.into_iter()));
-    match committed {
-        Ok((index, mut outcomes)) => {
-            for job in jobs {
-                let own = outcomes.by_ref().take(job.commands.len()).collect();
-                let done = Done {
-                    index,
-                    outcomes: own,
-                };
-                // An asker that went away needs no answer.
-                let _ = job.reply.send(Ok(done));
-            }
-        }
-        Err(error) => {
-            for job in jobs {
-                let _ = job.reply.send(Err(error.clone()));
-            }
-        }
+/// Who waits, and for how many outcomes.
+type Waiting = (usize, oneshot::Sender<Result<Done, ProposeError>>);
+
+fn answer(waiting: Vec<Waiting>, committed: Result<(u64, Vec<Outcome>), ProposeError>) {
+    let mut committed = committed.map(|(index, outcomes)| (index, outcomes.into_iter()));
+    for (count, reply) in waiting {
+        let own = match &mut committed {
+            Ok((index, outcomes)) => Ok(Done {
+                index: *index,
+                outcomes: outcomes.by_ref().take(count).collect(),
+            }),
+            Err(error) => Err(error.clone()),
+        };
+        // An asker that went away needs no answer.
+        let _ = reply.send(own);
     }
 }
 

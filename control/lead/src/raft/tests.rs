@@ -1,6 +1,10 @@
 //! openraft's own suite over our log, vote, state machine and snapshots.
 
-use control_core::{base::Mesh, command::Command, goal};
+use control_core::{
+    base::Mesh,
+    command::{Batch, Command},
+    goal,
+};
 use openraft::{
     CommittedLeaderId, Entry, EntryPayload, LogId, RaftSnapshotBuilder, StorageError,
     StorageIOError,
@@ -81,10 +85,10 @@ fn init_mesh() -> Command {
 fn entry(index: u64, commands: Vec<Command>) -> Entry<Types> {
     Entry {
         log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
-        payload: EntryPayload::Normal(Batch {
+        payload: EntryPayload::Normal(SharedBatch::from(Batch {
             log_time_ms: 5,
             commands,
-        }),
+        })),
     }
 }
 
