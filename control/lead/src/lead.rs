@@ -25,6 +25,7 @@ use tokio::{
 
 use crate::{
     board::{self, Board},
+    courier::Courier,
     leases::Leases,
     once::Keys,
     raft::{
@@ -41,7 +42,9 @@ use crate::{
 /// How long an ask looks for a leader that can serve it.
 const PATIENCE: Duration = Duration::from_secs(6);
 /// How long one lead may take to answer; longer than an entry may take to be committed.
-const ANSWER: Duration = Duration::from_secs(4);
+pub(crate) const ANSWER: Duration = Duration::from_secs(4);
+/// Where a lead is asked what only the leader may do.
+pub(crate) const ASK: &str = "/raft/v1/ask";
 /// How long the leader may take to make sure that it still leads.
 const CONFIRM: Duration = Duration::from_secs(2);
 /// How long to wait before the next attempt, unless the leader changes before.
@@ -163,6 +166,8 @@ pub(crate) struct Lead {
     pub(crate) replica: Arc<Replica>,
     pub(crate) proposer: Proposer,
     pub(crate) network: Network,
+    /// What goes to the leader together with others.
+    pub(crate) courier: Courier,
     pub(crate) timers: Timers,
     pub(crate) clock: Clock,
     pub(crate) election: Election,
@@ -205,7 +210,7 @@ impl Lead {
                     Err(error) if error.is_passing() => Some(error),
                     answer => return answer,
                 },
-                Some((_, member)) => match self.hand_on(&member, &ask).await {
+                Some((_, member)) => match self.deliver(&member, &ask).await {
                     Ok(Err(error)) if error.is_passing() => Some(error),
                     Ok(answer) => return answer,
                     Err(error) => {
@@ -233,12 +238,27 @@ impl Lead {
         }
     }
 
+    /// Hands an ask on, with others where it may go with others.
+    async fn deliver(
+        &self,
+        leader: &Member,
+        ask: &Ask,
+    ) -> Result<Result<Answer, AskError>, PostError> {
+        match ask {
+            Ask::Propose(commands) if !ask.counts_twice() => {
+                Ok(self.courier.propose(leader, commands.clone()).await)
+            }
+            Ask::Planned { index } => Ok(self.courier.planned(leader, *index).await),
+            _ => self.hand_on(leader, ask).await,
+        }
+    }
+
     pub(crate) async fn hand_on(
         &self,
         leader: &Member,
         ask: &Ask,
     ) -> Result<Result<Answer, AskError>, PostError> {
-        self.network.post(leader, "/raft/v1/ask", ask, ANSWER).await
+        self.network.post(leader, ASK, ask, ANSWER).await
     }
 
     /// Serves an ask as the leader.

@@ -18,6 +18,7 @@ mod board;
 mod claims;
 mod contact;
 mod control;
+mod courier;
 mod descriptors;
 pub mod dial;
 mod door;

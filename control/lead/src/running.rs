@@ -17,7 +17,9 @@ use crate::{
     LeadError, StartError,
     agents::AgentDoor,
     board::Board,
-    contact, control, door,
+    contact, control,
+    courier::Courier,
+    door,
     lead::{Lead, Planned},
     leases::Leases,
     members,
@@ -85,6 +87,7 @@ impl Running {
             began_at,
         } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
+        let (courier, carrying) = Courier::new(network.clone());
         let lead = Arc::new(Lead {
             name: settings.name,
             id,
@@ -92,6 +95,7 @@ impl Running {
             replica,
             proposer,
             network,
+            courier,
             timers: settings.timers,
             keys: Keys::new(world.clock.now_ms()),
             clock: world.clock,
@@ -108,6 +112,7 @@ impl Running {
         });
         let tasks = TaskTracker::new();
         tasks.spawn(until(shutdown.clone(), proposing));
+        tasks.spawn(until(shutdown.clone(), carrying));
         tasks.spawn(until(shutdown.clone(), election.run()));
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
         tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
