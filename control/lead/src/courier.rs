@@ -7,7 +7,6 @@
 use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
-    time::Duration,
 };
 
 use control_core::command::Command;
@@ -18,24 +17,13 @@ use futures::{
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
-    time::timeout,
 };
 
 use crate::{
+    gather::{QUEUE, gather, share},
     lead::{ANSWER, ASK, Answer, Ask, AskError},
-    raft::{
-        Member,
-        network::Network,
-        propose::{Done, ProposeError},
-    },
+    raft::{Member, network::Network, propose::ProposeError},
 };
-
-/// How long the first change waits for others.
-const GATHER: Duration = Duration::from_millis(1);
-/// The most commands in one message, unless one asker brings more.
-const BATCH: usize = 256;
-/// How many askers may wait.
-const QUEUE: usize = 4096;
 
 type Answered = Result<Answer, AskError>;
 type Asked = Shared<BoxFuture<'static, Answered>>;
@@ -115,28 +103,13 @@ async fn run(network: Network, mut queue: mpsc::Receiver<Job>) {
         tokio::select! {
             first = queue.recv() => {
                 let Some(first) = first else { return };
-                let jobs = gather(first, &mut queue).await;
+                let jobs = gather(first, &mut queue, |job| job.commands.len()).await;
                 let network = network.clone();
                 under_way.spawn(async move { carry(&network, jobs).await });
             }
             Some(_) = under_way.join_next() => {}
         }
     }
-}
-
-async fn gather(first: Job, queue: &mut mpsc::Receiver<Job>) -> Vec<Job> {
-    let mut count = first.commands.len();
-    let mut jobs = vec![first];
-    let more = async {
-        while count < BATCH {
-            let Some(job) = queue.recv().await else { break };
-            count += job.commands.len();
-            jobs.push(job);
-        }
-    };
-    // A job that `recv` has taken is pushed before the next await, so a passing deadline loses none.
-    let _ = timeout(GATHER, more).await;
-    jobs
 }
 
 async fn carry(network: &Network, jobs: Vec<Job>) {
@@ -150,31 +123,15 @@ async fn carry(network: &Network, jobs: Vec<Job>) {
         leader = Some(job.leader);
     }
     let Some(leader) = leader else { return };
-    let answer = ask(network, &leader, Ask::Propose(commands)).await;
-    for (reply, answer) in share(waiting, answer) {
-        // An asker that went away needs no answer.
-        let _ = reply.send(answer);
-    }
-}
-
-/// To each asker its part of the answer, in order.
-fn share<T>(waiting: Vec<(usize, T)>, answer: Answered) -> Vec<(T, Answered)> {
-    let mut left = match answer {
-        Ok(Answer::Done(Done { index, outcomes })) => Ok((index, outcomes.into_iter())),
+    let done = match ask(network, &leader, Ask::Propose(commands)).await {
+        Ok(Answer::Done(done)) => Ok(done),
         Ok(_) => Err(ProposeError::Stopped.into()),
         Err(error) => Err(error),
     };
-    let part = |(count, asker)| {
-        let part = match &mut left {
-            Ok((index, outcomes)) => Ok(Answer::Done(Done {
-                index: *index,
-                outcomes: outcomes.by_ref().take(count).collect(),
-            })),
-            Err(error) => Err(error.clone()),
-        };
-        (asker, part)
-    };
-    waiting.into_iter().map(part).collect()
+    for (reply, own) in share(waiting, done) {
+        // An asker that went away needs no answer.
+        let _ = reply.send(own.map(Answer::Done));
+    }
 }
 
 /// Asks; an answer that does not come is as if nobody led: it is asked again.
@@ -184,44 +141,6 @@ async fn ask(network: &Network, leader: &Member, ask: Ask) -> Answered {
         Err(error) => {
             tracing::debug!(%error, leader = leader.name, "the leader did not answer");
             Err(ProposeError::NoMajority.into())
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use control_core::command::{Applied, Refusal};
-
-    use super::*;
-
-    #[test]
-    fn each_asker_gets_its_own_outcomes() {
-        let refused = Refusal::UnknownCluster("edge".parse().unwrap());
-        let outcomes = vec![
-            Ok(Applied::Changed),
-            Err(refused.clone()),
-            Ok(Applied::Unchanged),
-        ];
-        let done = Answer::Done(Done { index: 7, outcomes });
-        let shared = share(vec![(1, 'a'), (2, 'b')], Ok(done));
-        let of = |asker| {
-            let (_, answer) = shared.iter().find(|(it, _)| *it == asker).unwrap();
-            match answer {
-                Ok(Answer::Done(done)) => (done.index, done.outcomes.clone()),
-                other => panic!("{other:?}"),
-            }
-        };
-        assert_eq!(of('a'), (7, vec![Ok(Applied::Changed)]));
-        assert_eq!(of('b'), (7, vec![Err(refused), Ok(Applied::Unchanged)]));
-    }
-
-    #[test]
-    fn a_failure_is_every_askers() {
-        let failed = || AskError::from(ProposeError::NotLeader);
-        let shared = share(vec![(1, 'a'), (1, 'b')], Err(failed()));
-        assert_eq!(shared.len(), 2);
-        for (_, answer) in shared {
-            assert_eq!(answer.unwrap_err(), failed());
         }
     }
 }

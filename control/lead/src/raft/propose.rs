@@ -14,14 +14,11 @@ use tokio::{
 };
 
 use super::Raft;
-use crate::world::Clock;
+use crate::{
+    gather::{QUEUE, gather, share},
+    world::Clock,
+};
 
-/// How long the first waiting command waits for others.
-const GATHER: Duration = Duration::from_millis(1);
-/// The most commands in one entry, unless one asker brings more.
-const BATCH: usize = 256;
-/// How many askers may wait.
-const QUEUE: usize = 4096;
 /// How long an entry may take to be committed before its askers are told that nobody knows.
 const COMMIT: Duration = Duration::from_secs(5);
 
@@ -107,7 +104,7 @@ async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
     while let Some(first) = queue.recv().await {
         let mut commands = Vec::new();
         let mut waiting = Vec::new();
-        for job in gather(first, &mut queue).await {
+        for job in gather(first, &mut queue, |job| job.commands.len()).await {
             waiting.push((job.commands.len(), job.reply));
             commands.extend(job.commands);
         }
@@ -116,40 +113,12 @@ async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
             commands,
         };
         let committed = timeout(COMMIT, log.commit(batch)).await;
-        answer(waiting, committed.unwrap_or(Err(ProposeError::Unknown)));
-    }
-}
-
-async fn gather(first: Job, queue: &mut mpsc::Receiver<Job>) -> Vec<Job> {
-    let mut count = first.commands.len();
-    let mut jobs = vec![first];
-    let more = async {
-        while count < BATCH {
-            let Some(job) = queue.recv().await else { break };
-            count += job.commands.len();
-            jobs.push(job);
+        let committed = committed.unwrap_or(Err(ProposeError::Unknown));
+        let committed = committed.map(|(index, outcomes)| Done { index, outcomes });
+        for (reply, own) in share(waiting, committed) {
+            // An asker that went away needs no answer.
+            let _ = reply.send(own);
         }
-    };
-    // A job that `recv` has taken is pushed before the next await, so a passing deadline loses none.
-    let _ = timeout(GATHER, more).await;
-    jobs
-}
-
-/// Who waits, and for how many outcomes.
-type Waiting = (usize, oneshot::Sender<Result<Done, ProposeError>>);
-
-fn answer(waiting: Vec<Waiting>, committed: Result<(u64, Vec<Outcome>), ProposeError>) {
-    let mut committed = committed.map(|(index, outcomes)| (index, outcomes.into_iter()));
-    for (count, reply) in waiting {
-        let own = match &mut committed {
-            Ok((index, outcomes)) => Ok(Done {
-                index: *index,
-                outcomes: outcomes.by_ref().take(count).collect(),
-            }),
-            Err(error) => Err(error.clone()),
-        };
-        // An asker that went away needs no answer.
-        let _ = reply.send(own);
     }
 }
 
