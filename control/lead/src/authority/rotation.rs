@@ -17,7 +17,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use netmanager_api::identity::{Identity, Shown};
@@ -150,9 +150,15 @@ pub fn renew(ca: &Path, dir: &Path) -> Result<Identity, AuthorityError> {
         key,
         authorities,
     } = signed;
-    replace(&dir.join("tls.key"), &key, 0o600)?;
-    replace(&path, &certificate, 0o644)?;
-    replace(&dir.join("ca.crt"), &authorities, 0o644)?;
+    // All are written before the first takes its place: a full disk leaves the old ones.
+    let fresh = [
+        write_beside(dir.join("tls.key"), &key, 0o600)?,
+        write_beside(path, &certificate, 0o644)?,
+        write_beside(dir.join("ca.crt"), &authorities, 0o644)?,
+    ];
+    for fresh in fresh {
+        fresh.put()?;
+    }
     Ok(identity)
 }
 
@@ -206,11 +212,35 @@ fn order(ca: &Path, problem: &'static str, first: &'static str) -> AuthorityErro
 
 /// Writes a file in the place of another: whoever reads sees the one or the other.
 fn replace(path: &Path, content: &str, mode: u32) -> Result<(), AuthorityError> {
-    let mut fresh = path.as_os_str().to_owned();
-    fresh.push(".new");
-    let written = (|| {
+    write_beside(path.to_owned(), content, mode)?.put()
+}
+
+/// A file that is written and has not taken its place.
+struct Fresh {
+    written: PathBuf,
+    path: PathBuf,
+}
+
+impl Fresh {
+    fn put(self) -> Result<(), AuthorityError> {
+        let Self { written, path } = self;
+        fs::rename(&written, &path)
+            .and_then(|()| {
+                let dir = path.parent();
+                dir.map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+            })
+            .map_err(|source| not_replaced(&path, source))
+    }
+}
+
+/// Writes what is to take the place of `path`, on the same disk.
+fn write_beside(path: PathBuf, content: &str, mode: u32) -> Result<Fresh, AuthorityError> {
+    let mut written = path.clone().into_os_string();
+    written.push(".new");
+    let written = PathBuf::from(written);
+    let write = || {
         // What a crash has left may have another mode.
-        match fs::remove_file(&fresh) {
+        match fs::remove_file(&written) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
@@ -218,18 +248,20 @@ fn replace(path: &Path, content: &str, mode: u32) -> Result<(), AuthorityError> 
             .write(true)
             .create_new(true)
             .mode(mode)
-            .open(&fresh)?;
+            .open(&written)?;
         file.write_all(content.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)?;
-        path.parent()
-            .map_or(Ok(()), |dir| File::open(dir)?.sync_all())
-    })();
-    written.map_err(|source| AuthorityError::File {
+        file.sync_all()
+    };
+    write().map_err(|source| not_replaced(&path, source))?;
+    Ok(Fresh { written, path })
+}
+
+fn not_replaced(path: &Path, source: io::Error) -> AuthorityError {
+    AuthorityError::File {
         action: "replace",
         path: path.to_owned(),
         source,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -330,6 +362,27 @@ mod tests {
         issue(ca, ann(), &dir.path().join("ann")).unwrap();
         retire(ca).unwrap();
         assert_eq!(certificates(ca).unwrap(), std::slice::from_ref(new));
+    }
+
+    #[test]
+    fn a_renewal_that_cannot_write_every_file_replaces_none() {
+        let dir = new_mesh();
+        let (ca, out) = (&dir.path().join("ca"), &dir.path().join("ann"));
+        issue(ca, ann(), out).unwrap();
+        let files = || ["tls.key", "tls.crt", "ca.crt"].map(|it| fs::read(out.join(it)).unwrap());
+        let before = files();
+        for name in ["tls.crt", "ca.crt"] {
+            // Nothing can be written there, as where the disk is full.
+            let in_the_way = out.join(format!("{name}.new"));
+            fs::create_dir(&in_the_way).unwrap();
+            let error = renew(ca, out).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+            assert_eq!(files(), before, "{name}");
+            fs::remove_dir(in_the_way).unwrap();
+        }
+        renew(ca, out).unwrap();
+        Credentials::load(out).unwrap();
+        assert_ne!(files(), before);
     }
 
     #[test]
