@@ -216,7 +216,7 @@ fn least_loaded_follows_the_load_and_forgets_it_when_reports_stop() {
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn sticky_keeps_a_client_at_its_backend_when_another_is_lost_and_returns() {
     let mut lab = Lab::start("sticky", [1; 4], "");
-    let mut clients: Vec<Pod> = ["a", "b", "c", "d", "e", "f"]
+    let mut clients: Vec<Pod> = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
         .map(|name| lab.followed.node.attach(name))
         .into();
     let only = |pod: &Pod, to: IpAddr| {
@@ -243,11 +243,13 @@ fn sticky_keeps_a_client_at_its_backend_when_another_is_lost_and_returns() {
     without.services[0].backends.remove(position);
     without.revision.index += 1;
     lab.followed.apply(without.clone());
-    let moved = look(&clients);
-    for (before, now) in before.iter().zip(&moved) {
-        assert_ne!(*now, lost);
-        assert!(*before == lost || before == now, "{before} -> {now}");
-    }
+    let after = look(&clients);
+    assert!(!after.contains(&lost), "{after:?}");
+    let moves = before.iter().zip(&after);
+    let stayed = moves.clone().filter(|(before, now)| before == now).count();
+    let kept = before.iter().filter(|name| **name != lost).count();
+    // Maglev moves some that need not, at most two in a hundred; by a remainder two in three would move.
+    assert!(stayed + 3 >= kept, "{:?}", moves.collect::<Vec<_>>());
     with_sticky.revision.index += 2;
     lab.followed.apply(with_sticky);
     assert_eq!(look(&clients), before, "and back");
