@@ -1,7 +1,7 @@
-//! The two atomic operations that the programs need, each one instruction (`BPF_ATOMIC` with `BPF_FETCH`, since
+//! The three atomic operations that the programs need, each one instruction (`BPF_ATOMIC` with `BPF_FETCH`, since
 //! Linux 5.12).
 
-use core::intrinsics::{AtomicOrdering, atomic_or, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_and, atomic_or, atomic_xadd};
 
 /// Adds to a word of map memory.
 ///
@@ -23,4 +23,15 @@ pub(crate) unsafe fn add(word: *mut u64, value: u64) {
 pub(crate) unsafe fn or(word: *mut u64, bits: u64) -> u64 {
     // SAFETY: the caller's promise.
     unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, bits) }
+}
+
+/// Keeps only the bits `bits` of a word of map memory; what it was before.
+///
+/// # Safety
+///
+/// As for [`add`].
+#[inline(always)]
+pub(crate) unsafe fn and(word: *mut u64, bits: u64) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_and::<u64, u64, { AtomicOrdering::Relaxed }>(word, bits) }
 }

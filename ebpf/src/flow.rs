@@ -5,13 +5,19 @@
 //!   SYN      forward + reverse, and the key into AGEING    oldest first
 //!   SYN, ACK the reverse entry notes it                    oldest first
 //!   ACK      both are established                          never
-//!   FIN, FIN | RST   over: the key into AGEING again       oldest first
+//!   FIN, FIN | RST   over: the key into AGEING, if it      oldest first
+//!                    has left it
+//!   ACK of the last  both are forgotten, if both ends
+//!   FIN              are on this node
 //! ```
 //!
 //! `AGEING` is a queue of bounded length. Whoever finds it full takes the oldest key out, and if that connection is
 //! not established or over, both of its entries go; so do they when `FLOWS` is full. So what opens and what lingers
 //! is bounded, without user space, and a flood of either never costs an established connection. What is over still
-//! translates the last acknowledgements, but counts for no quota.
+//! translates the last acknowledgements, but counts for no quota. Between two ends on this node no segment is lost on
+//! a way, so nothing is to come after the last of them: what is forgotten then leaves its memory to the next
+//! connection while it is in the cache. An end that misses it after all (its queue was full) says FIN again, and is
+//! reset.
 //!
 //! A flow has a forward and a reverse entry; each holds what is needed to make the other's key. UDP and ICMP echo
 //! live in `FLOWS_LRU`.
@@ -21,7 +27,8 @@ use ebpf_common::{
     layout::{
         ACCOUNT_DATAGRAM, ACCOUNT_INBOUND, ACCOUNT_TCP, Addr, Backend, Config, Endpoint,
         FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_HAIRPIN,
-        FLOW_INBOUND, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow, FlowKey,
+        FLOW_INBOUND, FLOW_LAST_ACK, FLOW_QUEUED, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow,
+        FlowKey,
     },
     reason::Reason,
 };
@@ -40,11 +47,19 @@ pub(crate) fn find(key: &FlowKey) -> Option<Entry> {
     Table::of(key.proto).get(key)
 }
 
+/// Both directions have ended.
+const ENDED: u32 = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
+
 /// Whether both directions have ended, or the connection was reset.
 #[inline(always)]
 pub(crate) const fn is_over(flags: u32) -> bool {
-    const BOTH: u32 = FLOW_FIN_CLIENT | FLOW_FIN_BACKEND;
-    flags & FLOW_RST != 0 || flags & BOTH == BOTH
+    flags & FLOW_RST != 0 || flags & ENDED == ENDED
+}
+
+/// Whether a connection with these flags gives way to others.
+#[inline(always)]
+const fn gives_way(flags: u32) -> bool {
+    is_over(flags) || flags & FLOW_ESTABLISHED == 0
 }
 
 /// The backend of a flow, if it is the one that was picked and not dead.
@@ -180,8 +195,12 @@ fn give_way(config: &Config) -> bool {
         return false;
     };
     if let Some(entry) = Table::Connections.get(&key) {
-        let flags = entry.flags();
-        if is_over(flags) || flags & FLOW_ESTABLISHED == 0 {
+        let mut flags = entry.flags();
+        if !gives_way(flags) {
+            // Who ends it now puts the key back, or has ended it before this and leaves it to us.
+            flags = entry.clear(FLOW_QUEUED);
+        }
+        if gives_way(flags) {
             forget_connection(config, &key, entry);
         }
     }
@@ -216,7 +235,11 @@ pub(crate) fn close_forward(config: &Config, packet: &Packet, forward: Entry) {
     let bits = ending(packet, FLOW_FIN_CLIENT);
     if let Some(reverse) = Table::Connections.get(&reverse_key(config, &packet.key, forward.flow()))
     {
-        reverse.set(bits);
+        let before = reverse.set(bits);
+        if is_last_fin(packet, bits, before, reverse) && maps::local(&forward.flow().addr).is_some()
+        {
+            await_last(packet, reverse);
+        }
     }
     if end(config, &packet.key, forward, bits) {
         log::ended(packet, forward.flow().born_s);
@@ -227,12 +250,61 @@ pub(crate) fn close_forward(config: &Config, packet: &Packet, forward: Entry) {
 #[inline(never)]
 fn close_reverse(config: &Config, packet: &Packet, reverse: Entry, sender: u32) {
     let bits = ending(packet, FLOW_FIN_BACKEND);
-    reverse.set(bits);
+    let before = reverse.set(bits);
     let key = forward_key(&packet.key, reverse.flow(), sender);
-    if let Some(forward) = Table::Connections.get(&key)
-        && end(config, &key, forward, bits)
-    {
+    let is_last = is_last_fin(packet, bits, before, reverse);
+    let Some(forward) = Table::Connections.get(&key) else {
+        return;
+    };
+    if is_last && sender != 0 {
+        await_last(packet, forward);
+    }
+    if end(config, &key, forward, bits) {
         log::ended(packet, reverse.flow().born_s);
+    }
+}
+
+/// Whether a FIN is the second one, and acknowledges the first; of the first it notes what acknowledges it.
+/// `before` are the reverse entry's flags before this FIN's.
+#[inline(always)]
+fn is_last_fin(packet: &Packet, fin: u32, before: u32, reverse: Entry) -> bool {
+    if fin == FLOW_RST || before & (FLOW_RST | fin) != 0 {
+        return false;
+    }
+    if before & ENDED == 0 {
+        reverse.await_number(packet.fin_acknowledged_be());
+        return false;
+    }
+    packet.acknowledges(reverse.number_be())
+}
+
+/// Expects the last acknowledgement, of the FIN at hand, through an entry.
+#[inline(always)]
+fn await_last(packet: &Packet, entry: Entry) {
+    entry.await_number(packet.fin_acknowledged_be());
+    entry.set(FLOW_LAST_ACK);
+}
+
+/// Whether a segment through an entry with these flags is the connection's last.
+#[inline(always)]
+pub(crate) fn is_last(packet: &Packet, entry: Entry, flags: u32) -> bool {
+    flags & FLOW_LAST_ACK != 0 && packet.acknowledges(entry.number_be())
+}
+
+/// Removes a connection that is over by its reverse entry, whose key is the packet's.
+#[inline(never)]
+fn forget_by_reverse(packet: &Packet, reverse: Entry, sender: u32) {
+    let key = forward_key(&packet.key, reverse.flow(), sender);
+    let Some(forward) = Table::Connections.get(&key) else {
+        return;
+    };
+    let forward = forward.flow();
+    let is_its = forward.addr == packet.key.src
+        && forward.port_be == packet.key.sport_be
+        && forward.client_port_be == packet.key.dport_be;
+    if is_its {
+        Table::Connections.remove(&packet.key);
+        Table::Connections.remove(&key);
     }
 }
 
@@ -243,7 +315,9 @@ fn end(config: &Config, key: &FlowKey, forward: Entry, bits: u32) -> bool {
     let ends = !is_over(before) && is_over(before | bits);
     if ends {
         tell_closed(key.endpoint, ACCOUNT_TCP);
-        age(config, key);
+        if before & FLOW_QUEUED == 0 {
+            age(config, key);
+        }
     }
     ends
 }
@@ -279,6 +353,8 @@ pub(crate) fn undo(config: &Config, packet: &mut Packet, client: u32, sender: u3
     }
     if packet.closes() {
         close_reverse(config, packet, entry, sender);
+    } else if is_last(packet, entry, entry.flags()) {
+        forget_by_reverse(packet, entry, sender);
     }
     Some(())
 }

@@ -261,17 +261,44 @@ impl Entry {
     /// Sets bits; what they were before. Of two CPUs that set the last bit of something, one sees that it did.
     #[inline(always)]
     pub(crate) fn set(&self, bits: u32) -> u32 {
-        /// The word that `flags` is the upper half of, in the byte order that all our machines have.
+        // SAFETY: as for `flow`; an aligned word of map memory, whose lower half no bit is set in. BPF has no
+        // smaller atomic operation that tells the old value.
+        let before = unsafe { atomic::or(self.flags_word(), u64::from(bits) << 32) };
+        (before >> 32) as u32
+    }
+
+    /// Clears bits; what they were before.
+    #[inline(always)]
+    pub(crate) fn clear(&self, bits: u32) -> u32 {
+        // SAFETY: as for `set`; no bit of the lower half is cleared.
+        let before = unsafe { atomic::and(self.flags_word(), !(u64::from(bits) << 32)) };
+        (before >> 32) as u32
+    }
+
+    /// The aligned word whose upper half are the flags, in the byte order that all our machines have.
+    #[inline(always)]
+    fn flags_word(&self) -> *mut u64 {
         const WORD: usize = offset_of!(Flow, port_be);
         const {
             assert!(WORD.is_multiple_of(8) && offset_of!(Flow, flags) == WORD + 4);
             assert!(cfg!(target_endian = "little"));
         }
-        // SAFETY: as for `flow`; an aligned word of map memory, whose lower half no bit is set in. BPF has no
-        // smaller atomic operation that tells the old value.
-        let before =
-            unsafe { atomic::or(self.0.as_ptr().byte_add(WORD).cast(), u64::from(bits) << 32) };
-        (before >> 32) as u32
+        // SAFETY: within the value that `new` was given.
+        unsafe { self.0.as_ptr().byte_add(WORD).cast() }
+    }
+
+    /// The number that is awaited, or was first ([`Flow::isn_be`]).
+    #[inline(always)]
+    pub(crate) fn number_be(&self) -> u32 {
+        // SAFETY: as for `flow`; volatile, because the other direction's CPU writes it too.
+        unsafe { (&raw const (*self.0.as_ptr()).isn_be).read_volatile() }
+    }
+
+    /// Notes which number is awaited.
+    #[inline(always)]
+    pub(crate) fn await_number(&self, number_be: u32) {
+        // SAFETY: as for `flow`; an aligned word of map memory.
+        unsafe { (&raw mut (*self.0.as_ptr()).isn_be).write_volatile(number_be) }
     }
 
     /// Makes the entry another flow's. Cheaper than an insert, which takes a new element even where there is one.

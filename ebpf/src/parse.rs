@@ -118,6 +118,8 @@ pub(crate) struct Packet {
     pub(crate) tcp_flags: u8,
     /// TCP's sequence number; 0 for the others.
     pub(crate) seq_be: u32,
+    /// TCP's acknowledgement number; nothing that can be relied on for the others.
+    pub(crate) ack_be: u32,
     /// What it becomes, once that is decided.
     pub(crate) to: Tuple,
     /// For an ICMP error: the key of the flow that it is about.
@@ -160,6 +162,22 @@ impl Packet {
     #[inline(always)]
     pub(crate) const fn closes(&self) -> bool {
         self.tcp_flags & (TCP_FIN | TCP_RST) != 0
+    }
+
+    /// The number that acknowledges a TCP segment with a FIN.
+    #[inline(always)]
+    pub(crate) fn fin_acknowledged_be(&self) -> u32 {
+        let payload = (payload(self) as u32).wrapping_sub(self.l4_len);
+        u32::from_be(self.seq_be)
+            .wrapping_add(payload)
+            .wrapping_add(1)
+            .to_be()
+    }
+
+    /// Whether a TCP segment acknowledges what ends before `number_be`, and nothing after it.
+    #[inline(always)]
+    pub(crate) const fn acknowledges(&self, number_be: u32) -> bool {
+        self.tcp_flags & TCP_ACK != 0 && self.ack_be == number_be
     }
 
     /// The offset of the transport header; a bound that the verifier knows is part of it.
@@ -320,6 +338,7 @@ fn tcp(skb: &Skb, packet: &mut Packet) -> Result<(), Reason> {
     packet.key.dport_be = tcp.dport_be;
     packet.tcp_flags = tcp.flags;
     packet.seq_be = tcp.seq_be;
+    packet.ack_be = tcp.ack_be;
     if tcp.flags & (TCP_SYN | TCP_RST) != 0 {
         let number_be = if tcp.flags & TCP_ACK == 0 {
             tcp.seq_be

@@ -5,7 +5,7 @@ use ebpf_common::{
     layout::{
         ACCOUNT_DATAGRAM, ACCOUNT_TCP, Addr, BACKEND_LIVE, Backend, CONFIG_HOLD_NEW,
         CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_ESTABLISHED, FLOW_FORWARD, FLOW_HAIRPIN,
-        FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, VIP_FOLLOW,
+        FLOW_QUEUED, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, VIP_FOLLOW,
         VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick,
@@ -110,13 +110,16 @@ fn segment(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Rea
         flow::forget_connection(config, &packet.key, entry);
         return Err(Reason::BackendGone);
     }
-    if entry.flags() & FLOW_ESTABLISHED == 0 && !flow::is_over(entry.flags()) {
+    let flags = entry.flags();
+    if flags & FLOW_ESTABLISHED == 0 && !flow::is_over(flags) {
         flow::establish(config, &packet.key, entry)?;
     }
     // Read before the connection is closed: its entry may be another's afterwards.
     translate_to(config, packet, entry);
     if packet.closes() {
         flow::close_forward(config, packet, entry);
+    } else if flow::is_last(packet, entry, flags) {
+        flow::forget_connection(config, &packet.key, entry);
     }
     Ok(())
 }
@@ -219,10 +222,13 @@ fn open(table: Table, config: &Config, packet: &mut Packet, policy: Policy) -> R
         addr: packet.key.dst,
         port_be: packet.key.dport_be,
         client_port_be: packet.key.sport_be,
-        flags: if address == packet.key.src {
-            FLOW_SYN | FLOW_HAIRPIN
+        flags: match table {
+            Table::Connections => FLOW_SYN | FLOW_QUEUED,
+            Table::Datagrams => FLOW_SYN,
+        } | if address == packet.key.src {
+            FLOW_HAIRPIN
         } else {
-            FLOW_SYN
+            0
         },
         backend: index,
         generation: backend.generation,

@@ -401,6 +401,10 @@ pub const FLOW_FIN_BACKEND: u32 = 1 << 4;
 pub const FLOW_RST: u32 = 1 << 5;
 /// The client is its own backend: its source is the node endpoint's address on the way to itself.
 pub const FLOW_HAIRPIN: u32 = 1 << 6;
+/// Forward, TCP: its key has been in `AGEING` since it was opened. Without it the key is put there when it ends.
+pub const FLOW_QUEUED: u32 = 1 << 7;
+/// Only the acknowledgement of the last FIN is to come, through this entry: [`Flow::isn_be`] is its number.
+pub const FLOW_LAST_ACK: u32 = 1 << 8;
 
 /// What to write into a packet of a flow, and what is known of the flow. Its first 48 bytes are the whole of layout version 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -420,7 +424,8 @@ pub struct Flow {
     pub backend: u32,
     /// The backend's generation when it was picked.
     pub generation: u32,
-    /// Initial sequence number of the client's SYN.
+    /// Initial sequence number of the client's SYN. Once a side has ended: in the reverse entry the number that
+    /// acknowledges its FIN, and with [`FLOW_LAST_ACK`] in this entry the number that acknowledges the other's.
     pub isn_be: u32,
     /// The service's number, for counters.
     pub service: u32,

@@ -144,6 +144,16 @@ fn last_seen(value: &[u8]) -> u64 {
     u64::from_ne_bytes(*time.expect("a flow of either layout has its time"))
 }
 
+/// An entry in the form of the layout that it goes to. Another layout has a queue of its own, or none.
+fn moved<const S: usize, const T: usize>(value: [u8; S]) -> [u8; T] {
+    let mut moved = resized(value);
+    if S != T {
+        let flags = flags_of(&moved) & !layout::FLOW_QUEUED;
+        moved[FLAGS..FLAGS + 4].copy_from_slice(&flags.to_ne_bytes());
+    }
+    moved
+}
+
 /// Whether an entry of layout 1's `FLOWS_LRU` is what an established connection left behind.
 fn is_shadow(flags: u32) -> bool {
     const CLOSING: u32 = layout::FLOW_FIN_CLIENT | layout::FLOW_FIN_BACKEND | layout::FLOW_RST;
@@ -214,7 +224,7 @@ impl<const S: usize, const T: usize> Pair<S, T> {
             if (self.takes)(&key, &value) && !met.contains_key(&key) {
                 met.insert(key, self.to.name());
                 keys.push(key);
-                values.push(resized::<S, T>(value));
+                values.push(moved(value));
             }
         })?;
         if self.is_guest {
@@ -318,6 +328,18 @@ mod tests {
                 "{flags:#x}"
             );
         }
+    }
+
+    #[test]
+    fn a_flow_of_another_layout_is_in_no_queue_yet() {
+        let mut flow = [0; FLOW];
+        let flags = layout::FLOW_ESTABLISHED | layout::FLOW_QUEUED;
+        flow[FLAGS..FLAGS + 4].copy_from_slice(&flags.to_ne_bytes());
+        assert_eq!(
+            flags_of(&moved::<FLOW, FLOW_1>(flow)),
+            layout::FLOW_ESTABLISHED
+        );
+        assert_eq!(flags_of(&moved::<FLOW, FLOW>(flow)), flags);
     }
 
     #[test]
