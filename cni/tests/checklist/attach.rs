@@ -1,5 +1,10 @@
 //! Lines 4, 5 and 10: ADD and DEL on real links.
 
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
 use netmanager_api::{
     cni::{AttachmentKey, Request, Reserve},
     stream::InstanceRef,
@@ -15,12 +20,28 @@ use crate::{
 /// A host and a pod with a primary interface of another plugin.
 pub(crate) fn host_and_pod() -> (Netns, Netns) {
     let (host, pod) = (Netns::new("host"), Netns::new("pod"));
+    let no_detection = "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad";
+    pod.exec(&["sh", "-c", no_detection]);
     pod.ip("link add eth0 type veth peer name other");
     pod.ip("addr add 10.244.0.7/24 dev eth0");
     pod.ip("link set other up");
     pod.ip("link set eth0 up");
     pod.ip("route add default via 10.244.0.1");
+    settle(&pod);
     (host, pod)
+}
+
+/// Waits for what the kernel does of itself once both links are up, in its own time: their state, and the routes of
+/// their link-local addresses.
+fn settle(pod: &Netns) {
+    let end = Instant::now() + Duration::from_secs(30);
+    let count = |what: &str, word: &str| pod.ip(what).matches(word).count();
+    while count("-br link show up", " UP ") < 2
+        || count("-6 route show table local", "local fe80") < 2
+    {
+        assert!(Instant::now() < end, "{}", pod.snapshot());
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn reserve_of(door: &FakeDoor) -> Reserve {
