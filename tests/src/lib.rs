@@ -14,6 +14,7 @@ pub mod pinned;
 pub mod program;
 pub mod raw;
 pub mod steal;
+pub mod still;
 pub mod topology;
 pub mod traffic;
 pub mod wait;

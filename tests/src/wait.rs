@@ -5,12 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::steal::CpuTime;
+use crate::{steal::CpuTime, still::stood_still};
 
 /// How long the condition rests between two looks.
 const REST: Duration = Duration::from_millis(5);
 
-/// However much was stolen, one waits at most this many times as long.
+/// However much was taken, one waits at most this many times as long.
 const PATIENCE: f64 = 5.0;
 
 /// How many times slower than ours the machine is that the tests run on: `WEFT_TEST_SLOWNESS`, for emulated ones.
@@ -28,8 +28,8 @@ pub fn slowed(within: Duration) -> Duration {
 /// Asks `condition` until it gives a value, and returns that value.
 ///
 /// # Panics
-/// When the machine has had `within`, on a slow machine so many times that: time that its host gave to others does
-/// not count. The message names `what` was waited for.
+/// When the machine has had `within`, on a slow machine so many times that: time that its host gave to others and
+/// in which a CPU stood still does not count. The message names `what` was waited for.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
     let watch = Stopwatch::start();
@@ -41,18 +41,19 @@ pub fn wait_for<T>(what: &str, within: Duration, mut condition: impl FnMut() -> 
         let passed = watch.start.elapsed();
         assert!(
             passed < within || watch.had() < within,
-            "{what}: not within {within:?} ({passed:?}, of which {:.2} was stolen)",
-            watch.stolen()
+            "{what}: not within {within:?} ({passed:?}, of which the machine had {:?})",
+            watch.had()
         );
         thread::sleep(REST);
     }
 }
 
-/// Measures how long something took, but for what the host gave to others meanwhile.
+/// Measures how long something took, but for what the host gave to others meanwhile and for what a CPU stood still.
 #[derive(Debug)]
 pub struct Stopwatch {
     start: Instant,
     before: io::Result<CpuTime>,
+    stood: Duration,
 }
 
 impl Stopwatch {
@@ -60,15 +61,17 @@ impl Stopwatch {
     #[must_use]
     pub fn start() -> Self {
         Self {
-            start: Instant::now(),
             before: CpuTime::now(),
+            stood: stood_still(),
+            start: Instant::now(),
         }
     }
 
     /// The time that the machine had since the start.
     #[must_use]
     pub fn had(&self) -> Duration {
-        had(self.start.elapsed(), self.stolen())
+        let stood = stood_still().saturating_sub(self.stood);
+        had(self.start.elapsed(), self.stolen(), stood)
     }
 
     fn stolen(&self) -> f64 {
@@ -79,9 +82,13 @@ impl Stopwatch {
     }
 }
 
-/// The part of a time that the machine had, where a share of it was stolen.
-fn had(passed: Duration, stolen: f64) -> Duration {
-    passed.mul_f64((1.0 - stolen).max(1.0 / PATIENCE))
+/// The part of a time that the machine had, where a share of it was stolen and a CPU stood still for a while of it:
+/// for what was stolen it did, too.
+fn had(passed: Duration, stolen: f64, stood: Duration) -> Duration {
+    let taken = passed.mul_f64(stolen).max(stood);
+    passed
+        .saturating_sub(taken)
+        .max(passed.mul_f64(1.0 / PATIENCE))
 }
 
 #[cfg(test)]
@@ -99,11 +106,20 @@ mod tests {
     }
 
     #[test]
-    fn stolen_time_is_waited_for_again_but_not_for_ever() {
+    fn what_was_taken_is_waited_for_again_but_not_for_ever() {
         let second = Duration::from_secs(1);
-        assert_eq!(had(second, 0.0), second);
-        assert_eq!(had(second, 0.5), second / 2);
-        assert_eq!(had(second, 1.0), second / 5);
+        for (stolen, stood, want) in [
+            (0.0, 0, 1_000),
+            (0.5, 0, 500),
+            (0.0, 700, 300),
+            (0.5, 700, 300),
+            (0.5, 300, 500),
+            (1.0, 0, 200),
+            (0.0, 1_500, 200),
+        ] {
+            let had = had(second, stolen, Duration::from_millis(stood));
+            assert_eq!(had, Duration::from_millis(want), "{stolen} {stood}");
+        }
     }
 
     #[test]
