@@ -6,9 +6,10 @@
 )]
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
+    thread,
     time::Duration,
 };
 
@@ -33,6 +34,8 @@ pub const HTTP: u16 = 80;
 pub const DNS: u16 = 53;
 /// After this long a call has failed, on a machine that is not slower than ours.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long an address that is taken rests between two attempts.
+const REST: Duration = Duration::from_millis(5);
 
 /// A connection from `netns` to port [`HTTP`], and who greets at its other end.
 ///
@@ -83,9 +86,9 @@ pub fn call_from(
 /// caller has failed, a test that joins its server ends, too.
 ///
 /// # Errors
-/// When the port is taken.
+/// When the port is taken for longer than a call may take.
 pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
-    let listener = netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)))?;
+    let listener = netns.run(|| once_free(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))))?;
     // It bounds accept, too (socket(7), SO_RCVTIMEO).
     setsockopt(
         &listener,
@@ -105,19 +108,45 @@ pub fn connection_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::R
     } else {
         AddressFamily::Inet6
     };
-    let socket = netns.run(|| socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None))?;
-    setsockopt(&socket, ReuseAddr, &true)?;
-    // It bounds connect, too (socket(7), SO_SNDTIMEO).
-    setsockopt(
-        &socket,
-        SendTimeout,
-        &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
-    )?;
-    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
     let to = SockaddrStorage::from(to);
-    // Called again, it waits for the connection that it has begun.
-    uninterrupted(|| Ok(connect(socket.as_raw_fd(), &to)?))?;
-    Ok(socket.into())
+    once_free(|| {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = netns.run(|| socket(family, SockType::Stream, flags, None))?;
+        setsockopt(&socket, ReuseAddr, &true)?;
+        // It bounds connect, too (socket(7), SO_SNDTIMEO).
+        setsockopt(
+            &socket,
+            SendTimeout,
+            &TimeVal::new(slowed(PATIENCE).as_secs().cast_signed(), 0),
+        )?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+        // Called again, it waits for the connection that it has begun.
+        uninterrupted(|| Ok(connect(socket.as_raw_fd(), &to)?))?;
+        Ok(socket.into())
+    })
+}
+
+/// Does again what needs an address or a port, for as long as that is taken and a call may take. What was just closed
+/// may stay open for a moment: a process that another test is about to start has this one's descriptors until it
+/// runs its program.
+fn once_free<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let watch = Stopwatch::start();
+    loop {
+        match work() {
+            Err(error) if is_taken(&error) && watch.had() < slowed(PATIENCE) => {
+                thread::sleep(REST);
+            }
+            ended => return ended,
+        }
+    }
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    // The second where a connection from the same address to the same is there already.
+    matches!(
+        error.kind(),
+        ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable
+    )
 }
 
 fn greeting(stream: &mut TcpStream) -> io::Result<String> {
@@ -148,7 +177,7 @@ pub fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     // Both at once: more than both ends' buffers would block for ever.
     let mut writer = stream.try_clone()?;
     let mut back = vec![0; bytes.len()];
-    let (read, written) = std::thread::scope(|scope| {
+    let (read, written) = thread::scope(|scope| {
         let written = scope.spawn(move || writer.write_all(bytes));
         let read = stream.read_exact(&mut back);
         (read, written.join().expect("a writer returns its errors"))
@@ -162,7 +191,7 @@ pub fn echo(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
 fn both(read: io::Result<()>, written: io::Result<()>) -> io::Result<()> {
     match read {
         // The kernel tells a reset to whoever asks first; the other one finds the connection at its end.
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
             Err(written.err().unwrap_or(error))
         }
         read => read.and(written),
@@ -183,7 +212,7 @@ pub fn datagram(netns: &Netns, to: impl Into<IpAddr>) -> io::Result<String> {
 /// # Errors
 /// When the source cannot be had.
 pub fn datagram_socket(netns: &Netns, from: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = netns.run(|| UdpSocket::bind(from))?;
+    let socket = netns.run(|| once_free(|| UdpSocket::bind(from)))?;
     socket.set_read_timeout(Some(slowed(PATIENCE)))?;
     Ok(socket)
 }
@@ -209,7 +238,7 @@ pub fn datagram_over(socket: &UdpSocket, to: SocketAddr) -> io::Result<String> {
 fn uninterrupted<T>(mut wait: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match wait() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             ended => return ended,
         }
     }
@@ -286,7 +315,7 @@ pub fn failure<T>(work: impl FnOnce() -> io::Result<T>) -> (Duration, io::Error)
 
 #[cfg(test)]
 mod tests {
-    use io::ErrorKind::{self, ConnectionReset, TimedOut, UnexpectedEof};
+    use ErrorKind::{AddrInUse, ConnectionReset, TimedOut, UnexpectedEof};
 
     use super::*;
 
@@ -307,5 +336,26 @@ mod tests {
             let became = both(of(read), of(written)).err().map(|error| error.kind());
             assert_eq!(became, result, "{read:?} {written:?}");
         }
+    }
+
+    #[test]
+    fn an_address_that_is_taken_is_waited_for_and_nothing_else_is() {
+        let mut taken = 3;
+        let free = once_free(|| {
+            taken -= 1;
+            if taken == 0 {
+                Ok("free")
+            } else {
+                Err(AddrInUse.into())
+            }
+        });
+        assert_eq!(free.unwrap(), "free");
+        let mut attempts = 0;
+        let reset = once_free(|| {
+            attempts += 1;
+            Err::<(), _>(ConnectionReset.into())
+        });
+        assert_eq!(reset.unwrap_err().kind(), ConnectionReset);
+        assert_eq!(attempts, 1);
     }
 }

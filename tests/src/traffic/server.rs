@@ -16,6 +16,7 @@ use nix::sys::{
     time::{TimeVal, TimeValLike},
 };
 
+use super::once_free;
 use crate::Netns;
 
 /// Begins every greeting: bytes by which a payload is known wherever it is seen.
@@ -44,10 +45,12 @@ impl Server {
         let (listeners, sockets) = netns.run(|| {
             let tcp: io::Result<Vec<_>> = tcp
                 .iter()
-                .map(|port| TcpListener::bind(any(port)))
+                .map(|port| once_free(|| TcpListener::bind(any(port))))
                 .collect();
-            let udp: io::Result<Vec<_>> =
-                udp.iter().map(|port| UdpSocket::bind(any(port))).collect();
+            let udp: io::Result<Vec<_>> = udp
+                .iter()
+                .map(|port| once_free(|| UdpSocket::bind(any(port))))
+                .collect();
             (tcp, udp)
         });
         let (listeners, sockets) = (listeners?, sockets?);

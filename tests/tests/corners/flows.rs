@@ -2,7 +2,7 @@
 //! leave.
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
     thread,
     time::Duration,
@@ -267,7 +267,7 @@ fn a_port_in_time_wait_at_the_backend_is_used_again_at_once() {
             let (from, to) = (stage.own(to, PORT), SocketAddr::new(to, HTTP));
             let late = (0..ROUNDS).filter(|_| {
                 let watch = Stopwatch::start();
-                let mut stream = connection_again(&stage.client, from, to);
+                let mut stream = connection_from(&stage.client.netns, from, to).unwrap();
                 let mut said = String::new();
                 stream.read_to_string(&mut said).unwrap();
                 assert_eq!(said, "gone\n");
@@ -278,18 +278,6 @@ fn a_port_in_time_wait_at_the_backend_is_used_again_at_once() {
             assert!(late <= ROUNDS / 5, "{to}: late in {late} rounds");
         }
     });
-}
-
-/// A connection from a port whose last one the client may still be closing: it waits for the ACK of its FIN.
-fn connection_again(client: &Pod, from: SocketAddr, to: SocketAddr) -> TcpStream {
-    wait_for(
-        "the client's own end of the last",
-        SOON,
-        || match connection_from(&client.netns, from, to) {
-            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => None,
-            stream => Some(stream.unwrap()),
-        },
-    )
 }
 
 #[test]
