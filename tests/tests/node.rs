@@ -39,6 +39,9 @@ mod takeover;
 
 use machine::{AT_ONCE, Node, SOON, UNLINKED4, VIP4, table, unlinked6, vip6};
 
+/// An exchange that takes so long has noticed something: what is lost is sent again after 200 ms, then after twice that.
+const NOTICED: Duration = Duration::from_millis(500);
+
 fn a_vip_is_served(label: &str, args: &[&str]) {
     let node = Node::start(label, args);
     let (client, server) = (node.attach("c"), node.attach("s"));
@@ -90,14 +93,14 @@ fn a_daemon_killed_and_started_again_is_not_noticed_by_a_stream() {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let exchange = scope.spawn(|| {
-            let (mut exchanges, mut longest) = (0u32, Duration::ZERO);
+            let (mut exchanges, mut late) = (0u32, Vec::new());
             while !stop.load(Ordering::Relaxed) {
                 let watch = Stopwatch::start();
                 echo(&mut stream, &[1; 500]).unwrap();
-                longest = longest.max(watch.had());
+                late.extend(Some(watch.had()).filter(|had| *had >= NOTICED));
                 exchanges += 1;
             }
-            (exchanges, longest)
+            (exchanges, late)
         });
         for _ in 0..3 {
             node.kill();
@@ -110,9 +113,10 @@ fn a_daemon_killed_and_started_again_is_not_noticed_by_a_stream() {
             node.wait_ready();
         }
         stop.store(true, Ordering::Relaxed);
-        let (exchanges, longest) = exchange.join().unwrap();
+        let (exchanges, late) = exchange.join().unwrap();
         assert!(exchanges > 100, "{exchanges}");
-        assert!(longest < Duration::from_millis(500), "{longest:?}");
+        // A machine may halt once; what a start breaks, each of them does.
+        assert!(late.len() <= 1, "{late:?} of {exchanges}");
     });
 
     assert_eq!(

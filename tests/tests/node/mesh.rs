@@ -31,7 +31,10 @@ use weft_tests::{
     wait_for,
 };
 
-use super::machine::{Node, Pod, SOON, block4, table_of, vip};
+use super::{
+    NOTICED,
+    machine::{Node, Pod, SOON, block4, table_of, vip},
+};
 
 /// In a namespace of its own, any port is free.
 pub(crate) const PORT: u16 = 27_460;
@@ -216,22 +219,25 @@ fn both_daemons_killed_and_started_again_are_not_noticed_by_a_stream_between_the
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let exchange = scope.spawn(|| {
-            let mut longest = Duration::ZERO;
+            let mut late = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 let watch = Stopwatch::start();
                 echo(&mut stream, &[1; 500]).unwrap();
-                longest = longest.max(watch.had());
+                late.extend(Some(watch.had()).filter(|had| *had >= NOTICED));
             }
-            longest
+            late
         });
-        for node in [&mut mesh.a, &mut mesh.b] {
-            node.kill();
-            call(&mesh.client.netns, far).unwrap();
-            node.run_ready();
+        for _ in 0..2 {
+            for node in [&mut mesh.a, &mut mesh.b] {
+                node.kill();
+                call(&mesh.client.netns, far).unwrap();
+                node.run_ready();
+            }
         }
         stop.store(true, Ordering::Relaxed);
-        let longest = exchange.join().unwrap();
-        assert!(longest < Duration::from_millis(500), "{longest:?}");
+        let late = exchange.join().unwrap();
+        // A machine may halt once; what a start breaks, each one of a node does.
+        assert!(late.len() <= 1, "{late:?}");
     });
     assert_eq!(mesh.answers(Policy::Balanced, None, 20), ["here", "there"]);
 }
