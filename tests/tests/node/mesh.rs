@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     net::{IpAddr, SocketAddr, UdpSocket},
     path::PathBuf,
     sync::{
@@ -251,10 +251,10 @@ fn a_node_skips_backends_behind_a_peer_that_does_not_answer_and_takes_them_back(
         let from = Stopwatch::start();
         wait_for("the answers follow the probes", SOON, || {
             let vip = vip(Policy::Balanced, None).addr6;
-            let mut found: Vec<String> = (0..12)
-                .filter_map(|_| call(&mesh.client.netns, vip).ok())
-                .map(|(_, who)| who)
-                .collect();
+            // All of them: one that is lost went to the silent one. That all go to one of two by chance happens
+            // once in a million times.
+            let calls = (0..21).map(|_| call(&mesh.client.netns, vip).map(|(_, who)| who));
+            let mut found: Vec<String> = calls.collect::<io::Result<_>>().ok()?;
             found.sort();
             found.dedup();
             (found == who).then_some(())
