@@ -9,10 +9,11 @@ use std::{
 use netmanager_api::table::BackendState::Ready;
 use weft_tests::{
     mesh::{
-        Clusters, Mesh, Options, Pod,
+        Clusters, Mesh, Options, Pod, SOON,
         service::{TARGET_HTTP, balanced, service},
     },
     traffic::{HTTP, call, datagram, echo, listen, ping},
+    wait_for,
 };
 
 #[test]
@@ -47,7 +48,9 @@ fn a_client_reaches_backends_of_its_own_node_of_another_node_and_of_another_clus
             ping(&client.netns, to).unwrap();
         }
     }
-    assert!(mesh.underlay.watch.frames() > 100, "the watch looks");
+    wait_for("the watch looks", SOON, || {
+        (mesh.underlay.watch.frames() > 100).then_some(())
+    });
 }
 
 #[test]
