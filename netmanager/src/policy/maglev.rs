@@ -189,16 +189,21 @@ mod tests {
         assert_eq!(cached.slots(&[]), Vec::<u32>::new());
     }
 
-    /// Prints how long a table takes; the bound is for an unoptimised build on a busy machine.
+    /// Prints how long a table takes; the bound is for an unoptimised build on a busy machine, which may halt now and
+    /// then.
     #[test]
     fn a_table_is_built_in_milliseconds() {
         for count in [2, 10, 100, 1000] {
             let entries = entries(count);
-            let start = Instant::now();
-            let places = table(&entries, SLOTS);
-            let took = start.elapsed();
-            println!("{count} backends, {} places: {took:?}", places.len());
-            assert!(took.as_millis() < 500, "{count}: {took:?}");
+            let took = (0..5).map(|_| {
+                let start = Instant::now();
+                let places = table(&entries, SLOTS);
+                let took = start.elapsed();
+                println!("{count} backends, {} places: {took:?}", places.len());
+                took
+            });
+            let shortest = took.min().unwrap();
+            assert!(shortest.as_millis() < 500, "{count}: {shortest:?}");
         }
     }
 
