@@ -30,8 +30,8 @@ mod machine;
 
 use machine::{Machine, connected, connected_by, exchange, listen, stream};
 
-/// Handshake and first bytes take some ms on an idle machine.
-const SOON: Duration = Duration::from_secs(10);
+/// Handshake and first bytes take some ms on an idle machine, a change of the MTU some seconds anywhere.
+const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
