@@ -4,7 +4,10 @@
 //! closes its streams, so that its agents find the next leader's side. A follower gives its leader and an election
 //! some leases more.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use openraft::ServerState;
 use tokio::time::{Instant, sleep};
@@ -83,7 +86,9 @@ pub(crate) async fn watch(lead: Arc<Lead>) {
         let unheard = lead.unheard().await;
         let at = Instant::now();
         contact.heard = unheard.and_then(|it| at.checked_sub(it)).max(contact.heard);
-        let leads = lead.raft.metrics().borrow().state == ServerState::Leader;
+        // A leader that gives way waits for the next one, as its followers do.
+        let leads = lead.raft.metrics().borrow().state == ServerState::Leader
+            && !lead.gives_way.load(Ordering::Relaxed);
         contact.leads_since = leads.then(|| contact.leads_since.unwrap_or(at));
         let now = contact.is_kept(at, lead.timers.lease());
         let changed = |known: &mut bool| std::mem::replace(known, now) != now;

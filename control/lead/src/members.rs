@@ -218,12 +218,15 @@ impl Lead {
         let Ok(_changing) = self.changing.try_lock() else {
             return Err(MemberError::Busy("a change is under way".to_owned()).into());
         };
+        // Nobody waits for it yet: until its own vote is free no heir could count on it.
+        let freed = async { sleep(self.election.is_bound_for().await).await };
+        let (alive, ()) = tokio::join!(self.alive(&roll), freed);
         let hand_over = HandOver {
             raft: &self.raft,
             network: &self.network,
             timers: self.timers,
             id: self.id,
-            alive: self.alive(&roll).await,
+            alive,
         };
         self.gives_way.store(true, Ordering::Relaxed);
         // What is on its way into the log is written first: an heir that has not got it could not win.

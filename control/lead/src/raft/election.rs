@@ -95,6 +95,18 @@ impl Election {
         }
     }
 
+    /// How long this lead votes for nobody else because it was elected a moment ago.
+    pub(crate) async fn is_bound_for(&self) -> Duration {
+        let elected = self
+            .raft
+            .with_raft_state(openraft::RaftState::vote_last_modified);
+        let now = Instant::now();
+        let elected = elected.await.ok().flatten();
+        let since = elected.map(|at| now.saturating_duration_since(at));
+        let lease = self.timers.lease();
+        lease.saturating_sub(since.unwrap_or(lease))
+    }
+
     /// What this lead knows now; `None` when Raft or its disk has ended.
     async fn standing(&self) -> Option<Standing> {
         // What touches the vote: a leader's messages, and a candidate that was voted for.
@@ -129,25 +141,46 @@ impl Election {
     /// Whether a majority of the voters, this one among them, would vote for this lead.
     async fn is_wanted(&self, last: Option<LogId<u64>>) -> bool {
         let (voters, others) = self.voters();
+        let others = others.into_iter().map(|(_, member)| member).collect();
+        2 * (self.canvass(last, others).await + 1) > voters
+    }
+
+    /// As [`Election::is_wanted`], when the leader `giver` gives way: its vote is certain, and its answer would not say so.
+    pub(super) async fn can_win(&self, giver: Option<u64>) -> bool {
+        let (voters, others) = self.voters();
+        let (givers, others): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|(id, _)| Some(*id) == giver);
+        let certain = 1 + givers.len();
+        if 2 * certain > voters {
+            return true;
+        }
+        let Some(Standing { last, .. }) = self.standing().await else {
+            return false;
+        };
+        let others = others.into_iter().map(|(_, member)| member).collect();
+        2 * (self.canvass(last, others).await + certain) > voters
+    }
+
+    /// How many of these would vote for this lead.
+    async fn canvass(&self, last: Option<LogId<u64>>, others: Vec<Member>) -> usize {
         let canvass = Canvass { last };
         let limit = Duration::from_millis(self.timers.heartbeat_ms);
         let asked = others.iter().map(|member| async {
             let answer = self.network.post(member, PATH, &canvass, limit);
             matches!(answer.await, Ok(true))
         });
-        let yes = join_all(asked).await.into_iter().filter(|yes| *yes).count();
-        2 * (yes + 1) > voters
+        join_all(asked).await.into_iter().filter(|yes| *yes).count()
     }
 
     /// How many voters there are, and those beside this lead.
-    fn voters(&self) -> (usize, Vec<Member>) {
+    fn voters(&self) -> (usize, Vec<(u64, Member)>) {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
         let membership = metrics.membership_config.membership();
         let others = membership
             .voter_ids()
             .filter(|id| *id != self.id)
-            .filter_map(|id| membership.get_node(&id).cloned())
+            .filter_map(|id| Some((id, membership.get_node(&id)?.clone())))
             .collect();
         (membership.voter_ids().count(), others)
     }

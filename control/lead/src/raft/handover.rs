@@ -3,7 +3,8 @@
 //! ```text
 //!  leader: takes no more changes --> those that wait are written --> an heir has its whole log --> no more
 //!          heartbeats --> "stand!"
-//!  heir:   stands until it leads; the old leader votes at once, the others when their lease is over
+//!  heir:   stands as soon as a majority would vote for it, until it leads; the old leader votes at once, the
+//!          others when their lease is over
 //! ```
 //!
 //! openraft 0.9 has no leadership transfer. The pause is one round trip with up to three leads, and with more the
@@ -91,13 +92,19 @@ fn elected_after(term: u64, metrics: &RaftMetrics<u64, Member>) -> Option<u64> {
 }
 
 impl Election {
-    /// Stands at once, and again until this lead leads or two leases are over; whether it leads. It waits twice as long
-    /// for each candidacy as for the one before: standing again gives up the votes that are still on their way.
+    /// Stands as soon as it can win, and again until this lead leads or two leases are over; whether it leads. It waits
+    /// twice as long for each candidacy as for the one before: standing again gives up the votes that are still on their way.
+    /// Standing in vain is worse: who voted follows nobody whom the others elect meanwhile.
     pub(crate) async fn stand(&self) -> bool {
         let end = Instant::now() + 2 * self.timers.lease();
+        let giver = self.raft.metrics().borrow().current_leader;
         let mut patience = self.timers.stagger();
         tracing::info!("standing for election: the leader gives way");
         while Instant::now() < end {
+            if !self.can_win(giver).await {
+                sleep(LOOK).await;
+                continue;
+            }
             if self.raft.trigger().elect().await.is_err() {
                 return false;
             }

@@ -24,7 +24,8 @@ use crate::{
     world::{Boxed, Clock, Folder, Wire},
 };
 
-const NAMES: [&str; 3] = ["a", "b", "c"];
+const NAMES: &[&str] = &["a", "b", "c"];
+const FIVE: &[&str] = &["a", "b", "c", "d", "e"];
 const LIMIT: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(10);
 const GOAL: &str = "
@@ -134,9 +135,14 @@ struct Group {
 
 impl Group {
     async fn start(rule: Rule) -> Self {
+        Self::of(NAMES, rule).await
+    }
+
+    async fn of(names: &[&str], rule: Rule) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
-        let names = NAMES.map(str::to_owned);
+        let names = names.iter().map(|name| (*name).to_owned());
+        let names: Vec<_> = names.collect();
         let mut group = Self {
             doors: Doors::default(),
             shutdown: CancellationToken::new(),
@@ -252,6 +258,34 @@ async fn a_drain_answers_with_who_leads_also_where_the_heir_did_not_win() {
     let heir = heir.lock().unwrap().clone().unwrap();
     assert_ne!(said, heir.as_str(), "nobody was asked to vote for it");
     group.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_heir_stands_when_it_can_win_and_not_before() {
+    // A term in vain takes the followers of whoever else is elected away.
+    for names in [NAMES, FIVE] {
+        let mut seen = Vec::new();
+        while !seen.contains(&Some(1)) {
+            assert!(seen.len() < 2 * WINS, "{names:?}: {seen:?}");
+            seen.push(terms_of_a_drain(names).await);
+        }
+    }
+}
+
+/// Hands over as soon as there is a leader; how many terms that takes, if it is done.
+async fn terms_of_a_drain(names: &[&str]) -> Option<u64> {
+    let group = Group::of(names, Arc::new(|_: &Way<'_>| Fate::Arrives)).await;
+    let term = async || {
+        let status = group.done("a", Method::GET, "/v1/status").await;
+        status["term"].as_u64().unwrap()
+    };
+    group.done("a", Method::GET, "/v1/leads").await;
+    let before = term().await;
+    let (status, answer) = group.ask("a", Method::POST, "/v1/leads/drain").await;
+    let terms = term().await - before;
+    group.end().await;
+    println!("{terms} terms: {answer}");
+    (status == StatusCode::OK).then_some(terms)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
