@@ -13,6 +13,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 use http::{Method, Request, StatusCode};
 use netmanager_api::identity::{Access, Identity, Role};
+use redb::{Builder, Database, backends::InMemoryBackend};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 use tower::ServiceExt;
@@ -20,8 +21,8 @@ use tower::ServiceExt;
 use super::*;
 use crate::{
     dial::DialError,
-    raft::STAND,
-    world::{Boxed, Clock, Folder, Wire},
+    raft::{DiskError, STAND},
+    world::{Boxed, Clock, Storage, Wire},
 };
 
 const NAMES: &[&str] = &["a", "b", "c"];
@@ -126,8 +127,28 @@ impl Wire for Lossy {
     }
 }
 
+/// A disk that never keeps anybody waiting: what is asked here is how long messages take.
+#[derive(Debug)]
+struct Memory;
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("memory")
+    }
+}
+
+impl Storage for Memory {
+    fn open(&self, builder: &Builder) -> Result<Database, DiskError> {
+        Ok(builder.create_with_backend(InMemoryBackend::new())?)
+    }
+
+    fn run(&self, work: Box<dyn FnOnce() + Send>) -> Boxed<'static, ()> {
+        work();
+        Box::pin(async {})
+    }
+}
+
 struct Group {
-    _dir: tempfile::TempDir,
     doors: Doors,
     shutdown: CancellationToken,
     running: Vec<Running>,
@@ -139,7 +160,6 @@ impl Group {
     }
 
     async fn of(names: &[&str], rule: Rule) -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
         let names = names.iter().map(|name| (*name).to_owned());
         let names: Vec<_> = names.collect();
@@ -147,7 +167,6 @@ impl Group {
             doors: Doors::default(),
             shutdown: CancellationToken::new(),
             running: Vec::new(),
-            _dir: dir,
         };
         for name in &names {
             let settings = Settings {
@@ -166,7 +185,7 @@ impl Group {
                 }),
             };
             let world = World {
-                storage: Arc::new(Folder(group._dir.path().join(name))),
+                storage: Arc::new(Memory),
                 wire: Arc::new(Lossy {
                     from: name.clone(),
                     doors: group.doors.clone(),
