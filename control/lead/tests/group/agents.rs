@@ -1,6 +1,14 @@
 //! Agents' streams on a group of leads.
 
-use std::{collections::BTreeMap, net::Ipv6Addr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::Ipv6Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use control_api::{
     http::{Binding, Cluster, List},
@@ -29,6 +37,9 @@ use crate::{
     mesh::{LIMIT, TestMesh},
     stopwatch::{Stopwatch, ensure, undisturbed},
 };
+
+/// How often an agent asks for a renewal.
+const RENEWS: Duration = Duration::from_millis(250);
 
 fn facts() -> ClusterFacts {
     ClusterFacts {
@@ -87,6 +98,8 @@ pub(crate) struct TestAgent {
     inbound: Streaming<ToAgent>,
     tables: BTreeMap<String, Table>,
     pub(crate) assignments: Assignments,
+    /// How many renewals it has asked for, and which of them was counted last.
+    asked: Arc<AtomicU64>,
     renewed: u64,
     conditions: Conditions,
 }
@@ -137,6 +150,7 @@ impl TestAgent {
             inbound: answer.into_inner(),
             tables: BTreeMap::new(),
             assignments: Assignments::default(),
+            asked: Arc::default(),
             renewed: 0,
             conditions: Conditions::default(),
         };
@@ -144,6 +158,27 @@ impl TestAgent {
             Some(ToAgent::Welcome(welcome)) => Ok((agent, welcome)),
             other => panic!("no welcome but {other:?}"),
         }
+    }
+
+    /// Asks for renewals from now on, as an agent does: one that is silent for a lease is lost.
+    fn stay_alive(&self) {
+        let (outbound, asked) = (self.outbound.downgrade(), self.asked.clone());
+        tokio::spawn(async move {
+            while let Some(outbound) = outbound.upgrade() {
+                let sequence = asked.fetch_add(1, Ordering::Relaxed) + 1;
+                if outbound.send(FromAgent::Alive { sequence }).await.is_err() {
+                    return;
+                }
+                drop(outbound);
+                sleep(RENEWS).await;
+            }
+        });
+    }
+
+    /// Hears that one of the renewals was counted that it asks for from now on.
+    async fn is_renewed(&mut self, what: &str) -> Result<(), String> {
+        let before = self.asked.load(Ordering::Relaxed);
+        self.hear(what, |it| it.renewed > before).await
     }
 
     async fn say(&self, message: FromAgent) -> Result<(), String> {
@@ -197,11 +232,11 @@ async fn an_agent_on_a_follower_gets_its_tables_and_assignments_also_from_the_ne
             .await
             .unwrap();
         assert_eq!(welcome.lease_ms, 2_000);
+        agent.stay_alive();
         agent.say(report(Vec::new())).await?;
         let has_table = |it: &TestAgent| it.tables.contains_key("n1");
         agent.hear("the node's table", has_table).await?;
-        agent.say(FromAgent::Alive { sequence: 7 }).await?;
-        agent.hear("the renewal", |it| it.renewed == 7).await?;
+        agent.is_renewed("the renewal").await?;
 
         assert_eq!(apply(&mesh, &other, "one").await.0, StatusCode::OK);
         agent.hear("a run", |it| it.to_run().len() == 1).await?;
@@ -215,11 +250,7 @@ async fn an_agent_on_a_follower_gets_its_tables_and_assignments_also_from_the_ne
         }
 
         mesh.stop(&leader).await;
-        agent.say(FromAgent::Alive { sequence: 8 }).await?;
-        let is_renewed = |it: &TestAgent| it.renewed == 8;
-        agent
-            .hear("a renewal by the next leader", is_renewed)
-            .await?;
+        agent.is_renewed("a renewal by the next leader").await?;
         assert_eq!(apply(&mesh, &other, "two").await.0, StatusCode::OK);
         agent.hear("two runs", |it| it.to_run().len() == 2).await?;
         mesh.end().await;
@@ -305,6 +336,8 @@ async fn what_one_cluster_says_of_itself_reaches_another_on_another_lead_and_no_
         let follow = |lead, cluster| TestAgent::follow(&mesh, lead, cluster, None);
         let (mut edge, _) = follow(&first, "edge").await.unwrap();
         let (mut fog, _) = follow(&second, "fog").await.unwrap();
+        edge.stay_alive();
+        fog.stay_alive();
         let (number, of_edge) = standing(&mut edge).await?;
         let (other, of_fog) = standing(&mut fog).await?;
         let is_peer = |it: &TestAgent| {
@@ -373,6 +406,7 @@ async fn a_lead_that_is_cut_off_closes_its_streams_and_another_takes_them() {
         .unwrap();
 
     // A leader without a majority cannot, either.
+    agent.stay_alive();
     mesh.stop(&other).await;
     mesh.stop(&deaf).await;
     let ended = end_of(&mut agent).await;
