@@ -40,6 +40,9 @@ use weft_agent::driver::{self, Driver, State, Statuses};
 /// No step of a test takes longer.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
+/// How often a node speaks.
+const SPEAKS: Duration = Duration::from_secs(1);
+
 /// Waits for `future`, at most [`DEADLINE`].
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match timeout(DEADLINE, future).await {
@@ -243,6 +246,23 @@ impl FakeNode {
 
     pub(crate) async fn say(&self, message: FromNode) {
         self.says.send(message).await.expect("the stream is up");
+    }
+
+    /// Says that its kernel matches this table, now and as often as a NetManager speaks: one that is silent is not ready.
+    pub(crate) async fn stands(&self, revision: Revision) {
+        let applied = FromNode::Applied { revision };
+        self.say(applied.clone()).await;
+        let says = self.says.downgrade();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SPEAKS).await;
+                // With the node its stream is gone.
+                let Some(says) = says.upgrade() else { return };
+                if says.send(applied.clone()).await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 
     /// The next conditions for which `pick` has something.

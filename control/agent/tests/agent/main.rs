@@ -198,10 +198,7 @@ async fn ready_node(authority: &Authority, door: SocketAddr, name: &str, index: 
         .await
         .unwrap();
     assert_eq!(node.table().await, Some(revision(index)));
-    let applied = FromNode::Applied {
-        revision: revision(index),
-    };
-    node.say(applied).await;
+    node.stands(revision(index)).await;
     node
 }
 
@@ -392,7 +389,8 @@ async fn an_instance_with_one_writer_is_fenced_when_renewals_are_not_counted() {
     let mut lead = FakeLead::start(&authority.issue("lead/a")).await;
     let leads = vec![lead.address];
     let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
-    let lease = Duration::from_secs(3);
+    // Long enough to bring it up, also where the machine stands still for a while.
+    let lease = Duration::from_secs(8);
     let (stream, _node) = bring_up(&authority, &agent, &mut lead, Writers::One, lease).await;
     // From here on nobody counts: the stream is up and says nothing.
     agent.driver.reaches(&id(1), State::Stopping).await;
@@ -458,17 +456,7 @@ async fn instances_of_a_node_that_died_are_run_on_the_other_one() {
     let leads = vec![lead.address];
     let agent = Running::start(&authority, leads, None, FakeDriver::new()).await;
     let (mut stream, first) = bring_up(&authority, &agent, &mut lead, Writers::Many, LEASE).await;
-    let second = ready_node(&authority, agent.door, "n2", 10).await;
-    let speaking = tokio::spawn(async move {
-        let mut second_passes = tokio::time::interval(Duration::from_secs(1));
-        loop {
-            second_passes.tick().await;
-            let measured = FromNode::Measured(Measured::default());
-            if second.says.send(measured).await.is_err() {
-                return;
-            }
-        }
-    });
+    let _second = ready_node(&authority, agent.door, "n2", 10).await;
     drop(first);
     agent.driver.set(&id(1), State::Restarting);
     let away =
@@ -481,7 +469,6 @@ async fn instances_of_a_node_that_died_are_run_on_the_other_one() {
         agent.driver.told().last(),
         Some(&Told::Run(id(1), "n2".to_owned()))
     );
-    speaking.abort();
     agent.end().await;
 }
 
