@@ -22,6 +22,12 @@ use std::{
 
 const DOCUMENT: &str = include_str!("../../docs/operations.md");
 const LIMIT: Duration = Duration::from_secs(60);
+/// What a lead says that was too busy for a change of the leads.
+const EARLY: [&str; 3] = [
+    "the leads are being changed",
+    "the membership was not changed",
+    "goes on leading",
+];
 const GOAL: &str = "
 apiVersion: weft.dev/v1alpha1
 kind: MeshApplication
@@ -71,6 +77,12 @@ fn directive(comment: &str) -> Step {
         "ended" => Step::Ended(rest),
         _ => panic!("the document says {comment:?}"),
     }
+}
+
+/// Whether the leads refused it for now, and did nothing: a person asks again.
+fn is_early(output: &Output) -> bool {
+    let error = String::from_utf8_lossy(&output.stderr);
+    EARLY.iter().any(|words| error.contains(words))
 }
 
 struct Stage {
@@ -157,9 +169,17 @@ impl Stage {
             self.started.insert(name.to_owned(), line.to_owned());
             self.lead(name, line);
         } else {
-            let output = self.shell(line);
             let must_fail = std::mem::take(&mut self.must_fail);
-            assert_eq!(output.status.success(), !must_fail, "{line}: {output:?}");
+            let end = Instant::now() + LIMIT;
+            loop {
+                let output = self.shell(line);
+                if must_fail || !is_early(&output) || Instant::now() >= end {
+                    assert_eq!(output.status.success(), !must_fail, "{line}: {output:?}");
+                    break;
+                }
+                println!("{output:?}");
+                std::thread::sleep(Duration::from_millis(100));
+            }
         }
     }
 
