@@ -130,7 +130,10 @@ mod tests {
     use super::*;
     use crate::{down, folder::Manifest, process, wan};
 
-    /// How long one TCP handshake takes from one machine to another.
+    /// How many handshakes are timed.
+    const HANDSHAKES: usize = 5;
+
+    /// How long a TCP handshake takes from one machine to another, the quickest of some: a busy machine adds to it.
     fn handshake(lab: &Lab, from: &Machine<'_>, to: &Machine<'_>) -> Duration {
         let failed = |error| LabError::file(to.name.clone())(error);
         let address = SocketAddr::from((to.address, 0));
@@ -143,9 +146,13 @@ mod tests {
             let patience = Duration::from_secs(5);
             // The first one also resolves neighbours on the way.
             TcpStream::connect_timeout(&address, patience).map_err(failed)?;
-            let start = Instant::now();
-            TcpStream::connect_timeout(&address, patience).map_err(failed)?;
-            Ok(start.elapsed())
+            let mut quickest = Duration::MAX;
+            for _ in 0..HANDSHAKES {
+                let start = Instant::now();
+                TcpStream::connect_timeout(&address, patience).map_err(failed)?;
+                quickest = quickest.min(start.elapsed());
+            }
+            Ok(quickest)
         })
         .unwrap()
     }
