@@ -28,7 +28,7 @@ use ebpf_common::{
         ACCOUNT_DATAGRAM, ACCOUNT_INBOUND, ACCOUNT_TCP, Addr, Backend, Config, Endpoint,
         FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_HAIRPIN,
         FLOW_INBOUND, FLOW_LAST_ACK, FLOW_QUEUED, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow,
-        FlowKey,
+        FlowKey, age_tag,
     },
     reason::Reason,
 };
@@ -37,7 +37,7 @@ use crate::{
     header::TCP_RST,
     log,
     maps::{self, Entry, Inserted, Table, Tally},
-    parse::{Family, Kind, Packet},
+    parse::{Family, Kind, Packet, Part},
     translate::Tuple,
 };
 
@@ -171,40 +171,81 @@ pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey, forward: &Flow) -> bool 
         && (reverse.flags ^ forward.flags) & FLOW_HAIRPIN == 0
 }
 
-/// Puts a connection that opens, or is over, behind the others that give way.
+/// Puts a connection that opens, or is over, behind the others that give way; its client's first number is `isn_be`.
 #[inline(always)]
-pub(crate) fn age(config: &Config, key: &FlowKey) {
-    if !maps::age(key) {
+pub(crate) fn age(config: &Config, key: &mut FlowKey, isn_be: u32) {
+    // In place, because stack is scarce.
+    key.pad = age_tag(isn_be);
+    let mut is_queued = maps::age(key);
+    if !is_queued {
         give_way(config);
-        // Another CPU may have taken the room: then user space collects it.
-        maps::age(key);
+        is_queued = maps::age(key);
+    }
+    key.pad = 0;
+    if !is_queued && let Some(entry) = Table::Connections.get(key) {
+        // Another CPU has taken the room: it is put there when it ends, or user space collects it.
+        entry.clear(FLOW_QUEUED);
     }
 }
 
-/// Lets one connection give way; false when none does.
+/// How many keys are taken out of `AGEING` at once for one connection that gives way: most may be of connections that
+/// are forgotten already.
+const LOOKS: u32 = 8;
+
+/// Lets a connection give way; false when none is left.
 #[inline(always)]
 pub(crate) fn make_room() -> bool {
-    maps::config().is_ok_and(give_way)
-}
-
-/// Takes the oldest connection that gives way out of `AGEING`, and out of `FLOWS` where it has not become
-/// established; false when there is none.
-#[inline(never)]
-fn give_way(config: &Config) -> bool {
-    let Some(key) = maps::oldest() else {
+    let Ok(config) = maps::config() else {
         return false;
     };
-    if let Some(entry) = Table::Connections.get(&key) {
-        let mut flags = entry.flags();
-        if !gives_way(flags) {
-            // Who ends it now puts the key back, or has ended it before this and leaves it to us.
-            flags = entry.clear(FLOW_QUEUED);
-        }
-        if gives_way(flags) {
-            forget_connection(config, &key, entry);
+    for _ in 0..LOOKS {
+        match give_way(config) {
+            Turn::Gave => return true,
+            Turn::Stayed => {}
+            Turn::Nobody => return false,
         }
     }
     true
+}
+
+/// What became of the oldest key in `AGEING`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Turn {
+    /// Its connection was forgotten.
+    Gave,
+    /// Its connection is established, or was forgotten before.
+    Stayed,
+    /// There is no key.
+    Nobody,
+}
+
+/// Takes the oldest connection that gives way out of `AGEING`, and out of `FLOWS` where it has not become
+/// established.
+#[inline(never)]
+fn give_way(config: &Config) -> Turn {
+    let Some(mut key) = maps::oldest() else {
+        return Turn::Nobody;
+    };
+    let tag = key.pad;
+    key.pad = 0;
+    let Some(entry) = Table::Connections.get(&key) else {
+        return Turn::Stayed;
+    };
+    // Another connection has the tuple by now: it has a place of its own.
+    if tag != 0 && tag != age_tag(entry.flow().isn_be) {
+        return Turn::Stayed;
+    }
+    let mut flags = entry.flags();
+    if !gives_way(flags) {
+        // Who ends it now puts the key back, or has ended it before this and leaves it to us.
+        flags = entry.clear(FLOW_QUEUED);
+    }
+    if !gives_way(flags) {
+        return Turn::Stayed;
+    }
+    forget_connection(config, &key, entry);
+    Turn::Gave
 }
 
 /// Notes that the client has answered the backend's SYN.
@@ -231,44 +272,56 @@ pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Resul
 
 /// Notes the end of the client's direction.
 #[inline(never)]
-pub(crate) fn close_forward(config: &Config, packet: &Packet, forward: Entry) {
+pub(crate) fn close_forward(config: &Config, packet: &mut Packet, forward: Entry) {
     let bits = ending(packet, FLOW_FIN_CLIENT);
-    if let Some(reverse) = Table::Connections.get(&reverse_key(config, &packet.key, forward.flow()))
-    {
-        let before = reverse.set(bits);
-        if is_last_fin(packet, bits, before, reverse) && maps::local(&forward.flow().addr).is_some()
-        {
-            await_last(packet, reverse);
-        }
-    }
-    if end(config, &packet.key, forward, bits) {
+    let reverse = Table::Connections
+        .get(&reverse_key(config, &packet.key, forward.flow()))
+        .filter(|reverse| belongs_to(reverse.flow(), &packet.key, forward.flow()));
+    let before = reverse.map_or(bits, |reverse| reverse.set(bits));
+    if end(config, &mut packet.key, forward, bits) {
         log::ended(packet, forward.flow().born_s);
+    }
+    if let Some(reverse) = reverse
+        && is_last_fin(packet, bits, before, reverse)
+        && maps::local(&forward.flow().addr).is_some()
+    {
+        reverse.await_number(packet.fin_acknowledged_be());
+        reverse.set(FLOW_LAST_ACK);
     }
 }
 
 /// Notes the end of the backend's direction.
 #[inline(never)]
 fn close_reverse(config: &Config, packet: &Packet, reverse: Entry, sender: u32) {
-    let bits = ending(packet, FLOW_FIN_BACKEND);
-    let before = reverse.set(bits);
-    let key = forward_key(&packet.key, reverse.flow(), sender);
-    let is_last = is_last_fin(packet, bits, before, reverse);
-    let Some(forward) = Table::Connections.get(&key) else {
-        return;
-    };
-    if is_last && sender != 0 {
-        await_last(packet, forward);
+    let fin = ending(packet, FLOW_FIN_BACKEND);
+    let before = reverse.set(fin);
+    let mut bits = fin;
+    if is_last_fin(packet, fin, before, reverse) && sender != 0 {
+        reverse.await_number(packet.fin_acknowledged_be());
+        bits |= FLOW_LAST_ACK;
     }
-    if end(config, &key, forward, bits) {
+    let mut key = forward_key(&packet.key, reverse.flow(), sender);
+    if let Some(forward) = Table::Connections.get(&key)
+        && answers_to(forward.flow(), &packet.key)
+        && end(config, &mut key, forward, bits)
+    {
         log::ended(packet, reverse.flow().born_s);
     }
+}
+
+/// Whether a forward entry is of the flow whose reverse entry has this key.
+#[inline(always)]
+fn answers_to(forward: &Flow, reverse: &FlowKey) -> bool {
+    forward.addr == reverse.src
+        && forward.port_be == reverse.sport_be
+        && forward.client_port_be == reverse.dport_be
 }
 
 /// Whether a FIN is the second one, and acknowledges the first; of the first it notes what acknowledges it.
 /// `before` are the reverse entry's flags before this FIN's.
 #[inline(always)]
 fn is_last_fin(packet: &Packet, fin: u32, before: u32, reverse: Entry) -> bool {
-    if fin == FLOW_RST || before & (FLOW_RST | fin) != 0 {
+    if fin == FLOW_RST || before & (FLOW_RST | fin) != 0 || packet.part != Part::Whole {
         return false;
     }
     if before & ENDED == 0 {
@@ -278,31 +331,29 @@ fn is_last_fin(packet: &Packet, fin: u32, before: u32, reverse: Entry) -> bool {
     packet.acknowledges(reverse.number_be())
 }
 
-/// Expects the last acknowledgement, of the FIN at hand, through an entry.
-#[inline(always)]
-fn await_last(packet: &Packet, entry: Entry) {
-    entry.await_number(packet.fin_acknowledged_be());
-    entry.set(FLOW_LAST_ACK);
-}
-
-/// Whether a segment through an entry with these flags is the connection's last.
-#[inline(always)]
-pub(crate) fn is_last(packet: &Packet, entry: Entry, flags: u32) -> bool {
-    flags & FLOW_LAST_ACK != 0 && packet.acknowledges(entry.number_be())
-}
-
-/// Removes a connection that is over by its reverse entry, whose key is the packet's.
+/// Forgets a connection that is over where the client's segment is its last.
 #[inline(never)]
-fn forget_by_reverse(packet: &Packet, reverse: Entry, sender: u32) {
-    let key = forward_key(&packet.key, reverse.flow(), sender);
-    let Some(forward) = Table::Connections.get(&key) else {
+pub(crate) fn finish_forward(config: &Config, packet: &Packet, forward: Entry) {
+    let key = reverse_key(config, &packet.key, forward.flow());
+    if let Some(reverse) = Table::Connections.get(&key)
+        && belongs_to(reverse.flow(), &packet.key, forward.flow())
+        && packet.acknowledges(reverse.number_be())
+    {
+        Table::Connections.remove(&key);
+        Table::Connections.remove(&packet.key);
+    }
+}
+
+/// Forgets a connection that is over where the backend's segment is its last.
+#[inline(never)]
+fn finish_reverse(packet: &Packet, reverse: Entry, sender: u32) {
+    if !packet.acknowledges(reverse.number_be()) {
         return;
-    };
-    let forward = forward.flow();
-    let is_its = forward.addr == packet.key.src
-        && forward.port_be == packet.key.sport_be
-        && forward.client_port_be == packet.key.dport_be;
-    if is_its {
+    }
+    let key = forward_key(&packet.key, reverse.flow(), sender);
+    if let Some(forward) = Table::Connections.get(&key)
+        && answers_to(forward.flow(), &packet.key)
+    {
         Table::Connections.remove(&packet.key);
         Table::Connections.remove(&key);
     }
@@ -310,13 +361,13 @@ fn forget_by_reverse(packet: &Packet, reverse: Entry, sender: u32) {
 
 /// Notes an end on the forward entry, which decides when the connection is over: whether it is now.
 #[inline(always)]
-fn end(config: &Config, key: &FlowKey, forward: Entry, bits: u32) -> bool {
+fn end(config: &Config, key: &mut FlowKey, forward: Entry, bits: u32) -> bool {
     let before = forward.set(bits);
     let ends = !is_over(before) && is_over(before | bits);
     if ends {
         tell_closed(key.endpoint, ACCOUNT_TCP);
         if before & FLOW_QUEUED == 0 {
-            age(config, key);
+            age(config, key, forward.flow().isn_be);
         }
     }
     ends
@@ -353,8 +404,8 @@ pub(crate) fn undo(config: &Config, packet: &mut Packet, client: u32, sender: u3
     }
     if packet.closes() {
         close_reverse(config, packet, entry, sender);
-    } else if is_last(packet, entry, entry.flags()) {
-        forget_by_reverse(packet, entry, sender);
+    } else if entry.flags() & FLOW_LAST_ACK != 0 {
+        finish_reverse(packet, entry, sender);
     }
     Some(())
 }

@@ -5,8 +5,8 @@ use ebpf_common::{
     layout::{
         ACCOUNT_DATAGRAM, ACCOUNT_TCP, Addr, BACKEND_LIVE, Backend, CONFIG_HOLD_NEW,
         CONFIG_HOLD_UNKNOWN, Config, Endpoint, FLOW_ESTABLISHED, FLOW_FORWARD, FLOW_HAIRPIN,
-        FLOW_QUEUED, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6, VIP_FOLLOW,
-        VIP_ITSELF_PORT, Vip, VipKey,
+        FLOW_LAST_ACK, FLOW_QUEUED, FLOW_REVERSE, FLOW_SYN, Flow, FlowKey, PROTO_ICMP, PROTO_ICMP6,
+        VIP_FOLLOW, VIP_ITSELF_PORT, Vip, VipKey,
     },
     pick,
     reason::Reason,
@@ -80,7 +80,8 @@ fn syn(
     let tally = admit(endpoint, ACCOUNT_TCP)?;
     open_connection(config, packet, policy)?;
     begun(packet, tally, ACCOUNT_TCP);
-    flow::age(config, &packet.key);
+    let isn_be = packet.seq_be;
+    flow::age(config, &mut packet.key, isn_be);
     Ok(())
 }
 
@@ -118,8 +119,8 @@ fn segment(config: &Config, packet: &mut Packet, entry: Entry) -> Result<(), Rea
     translate_to(config, packet, entry);
     if packet.closes() {
         flow::close_forward(config, packet, entry);
-    } else if flow::is_last(packet, entry, flags) {
-        flow::forget_connection(config, &packet.key, entry);
+    } else if flags & FLOW_LAST_ACK != 0 {
+        flow::finish_forward(config, packet, entry);
     }
     Ok(())
 }

@@ -27,16 +27,20 @@ struct Ends {
 impl Ends {
     /// A connection whose next numbers are 101 of the client and 10 of the backend.
     fn connect(stage: &mut Stage, family: Family, backend: u32) -> Self {
+        Self::connect_from(stage, family, PORT, backend)
+    }
+
+    fn connect_from(stage: &mut Stage, family: Family, port: u16, backend: u32) -> Self {
         point_to(stage, backend);
         let answered = if backend == CLIENT {
             endpoint_address(family, NODE, NODE_ENDPOINT)
         } else {
-            client(family, PORT).0
+            client(family, port).0
         };
         let ends = Self {
             family,
-            client: client(family, PORT),
-            answered: (answered, PORT),
+            client: client(family, port),
+            answered: (answered, port),
             backend,
         };
         ends.says(stage, true, SYN, 100, 0, b"");
@@ -219,5 +223,57 @@ fn a_connection_that_gave_no_way_while_it_was_established_does_once_it_is_over()
         assert!(flags(&mut stage).is_some(), "three younger ones");
         others(&mut stage, 33..34);
         assert_eq!(flags(&mut stage), None, "four");
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_connection_does_not_give_way_for_another_that_had_its_port() {
+    for family in Family::BOTH {
+        let mut stage = Stage::new(Sizes {
+            flows: 64,
+            ageing: 4,
+            ..Sizes::default()
+        });
+        // Their keys fill the queue, and nothing else is left of them.
+        for port in 1..=4 {
+            let ends = Ends::connect_from(&mut stage, family, port, 3);
+            ends.says(&mut stage, true, FIN | ACK, 101, 10, b"");
+            ends.says(&mut stage, false, FIN | ACK, 10, 102, b"");
+            ends.says(&mut stage, true, ACK, 102, 11, b"");
+        }
+        assert_eq!(flows(&mut stage), 0);
+        // The first port's turn comes with its own new connection, the second's while that opens.
+        for port in 1..=2 {
+            stage.deliver(CLIENT, &segment(family, port, SYN, 7000));
+        }
+        stage.deliver(CLIENT, &segment(family, 9, SYN, 7000));
+        assert_eq!(flows(&mut stage), 6, "three that open");
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
+fn a_full_table_finds_who_gives_way_behind_many_that_are_gone() {
+    for family in Family::BOTH {
+        let mut stage = Stage::new(Sizes {
+            flows: 8,
+            ageing: 256,
+            ..Sizes::default()
+        });
+        for port in 1..=100 {
+            let ends = Ends::connect_from(&mut stage, family, port, 3);
+            ends.says(&mut stage, true, FIN | ACK, 101, 10, b"");
+            ends.says(&mut stage, false, FIN | ACK, 10, 102, b"");
+            ends.says(&mut stage, true, ACK, 102, 11, b"");
+        }
+        for port in 101..=104 {
+            connect(&mut stage, family, port, 100);
+            close(&mut stage, family, port, 3, 101);
+        }
+        assert_eq!(flows(&mut stage), 8, "all linger");
+        connect(&mut stage, family, 105, 100);
+        assert!(forward(&mut stage, "FLOWS", 105).is_some());
+        assert_eq!(forward(&mut stage, "FLOWS", 101), None, "it gave way");
     }
 }

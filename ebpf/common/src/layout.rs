@@ -383,8 +383,16 @@ pub struct FlowKey {
     pub proto: u8,
     /// `FLOW_FORWARD`, `FLOW_REVERSE` or `FLOW_INBOUND`.
     pub direction: u8,
-    /// Zero.
+    /// Zero. In `AGEING`: which connection of this tuple is meant ([`age_tag`]).
     pub pad: u16,
+}
+
+/// What tells a connection from others that had or will have its tuple: a part of its client's initial sequence number,
+/// which is another each time. 0 stands for any.
+#[must_use]
+#[inline(always)]
+pub const fn age_tag(isn_be: u32) -> u16 {
+    (isn_be ^ isn_be >> 16) as u16
 }
 
 /// The client's SYN was seen.
@@ -403,7 +411,8 @@ pub const FLOW_RST: u32 = 1 << 5;
 pub const FLOW_HAIRPIN: u32 = 1 << 6;
 /// Forward, TCP: its key has been in `AGEING` since it was opened. Without it the key is put there when it ends.
 pub const FLOW_QUEUED: u32 = 1 << 7;
-/// Only the acknowledgement of the last FIN is to come, through this entry: [`Flow::isn_be`] is its number.
+/// Only the acknowledgement of the last FIN is to come, through this entry; the reverse entry's [`Flow::isn_be`] is its
+/// number.
 pub const FLOW_LAST_ACK: u32 = 1 << 8;
 
 /// What to write into a packet of a flow, and what is known of the flow. Its first 48 bytes are the whole of layout version 1.
@@ -424,8 +433,8 @@ pub struct Flow {
     pub backend: u32,
     /// The backend's generation when it was picked.
     pub generation: u32,
-    /// Initial sequence number of the client's SYN. Once a side has ended: in the reverse entry the number that
-    /// acknowledges its FIN, and with [`FLOW_LAST_ACK`] in this entry the number that acknowledges the other's.
+    /// Initial sequence number of the client's SYN. In the reverse entry, once a side has ended: the number that
+    /// acknowledges its FIN, then the number that acknowledges the other's.
     pub isn_be: u32,
     /// The service's number, for counters.
     pub service: u32,
