@@ -19,14 +19,16 @@ use netmanager_api::{conditions::Conditions, identity::RevokedList};
 use openraft::{LogId, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     time::{Instant, timeout},
 };
 
 use crate::{
     board::{self, Board},
     courier::Courier,
+    drain,
     leases::Leases,
+    members::ABOUT_LEASES,
     once::Keys,
     raft::{
         Member, Raft, Timers,
@@ -41,7 +43,7 @@ use crate::{
 
 /// How long an ask looks for a leader that can serve it.
 const PATIENCE: Duration = Duration::from_secs(6);
-/// How long one lead may take to answer; longer than an entry may take to be committed.
+/// How long one lead may take to answer what waits for no lease; longer than an entry may take to be committed.
 pub(crate) const ANSWER: Duration = Duration::from_secs(4);
 /// Where a lead is asked what only the leader may do.
 pub(crate) const ASK: &str = "/raft/v1/ask";
@@ -92,6 +94,16 @@ impl Ask {
     fn counts_twice(&self) -> bool {
         let is_keyed = |command: &Command| matches!(command, Command::Once(_));
         matches!(self, Self::Propose(commands) if !commands.iter().all(is_keyed))
+    }
+
+    /// How long the leader may take to answer.
+    fn limit(&self, timers: Timers) -> Duration {
+        let leases = match self {
+            Self::HandOver { .. } => drain::LEASES,
+            Self::Dismiss { .. } => ABOUT_LEASES + drain::LEASES,
+            _ => 0,
+        };
+        ANSWER + leases * timers.lease()
     }
 }
 
@@ -176,6 +188,8 @@ pub(crate) struct Lead {
     pub(crate) planned: watch::Sender<Planned>,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
+    /// Who wants another lead to lead.
+    pub(crate) drain: mpsc::Sender<drain::Asker>,
     /// Shared by who proposes, from before that look on; held alone by a leader that waits for what was proposed.
     pub(crate) proposing: tokio::sync::RwLock<()>,
     /// Keys for requests that come without one.
@@ -258,7 +272,8 @@ impl Lead {
         leader: &Member,
         ask: &Ask,
     ) -> Result<Result<Answer, AskError>, PostError> {
-        self.network.post(leader, ASK, ask, ANSWER).await
+        let limit = ask.limit(self.timers);
+        self.network.post(leader, ASK, ask, limit).await
     }
 
     /// Serves an ask as the leader.

@@ -22,6 +22,7 @@ mod courier;
 mod descriptors;
 pub mod dial;
 mod door;
+mod drain;
 mod gather;
 mod lead;
 mod leases;

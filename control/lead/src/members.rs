@@ -3,12 +3,7 @@
 //! A user's wish is one change of the membership (a learner more, a voter less); what follows from it is decided by
 //! [`Roll::next_step`] on whoever leads, so that it goes on when the leader falls, and never two at a time.
 
-use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use control_core::command::{Command, LEVEL};
 use futures::future::join_all;
@@ -21,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use crate::{
     lead::{Answer, Ask, AskError, Lead, SeatOf},
     raft::{
-        HandOver, Member,
+        Member,
         members::{About, MemberError, Roll, Seat, Step, agreed_level},
         propose::ProposeError,
     },
@@ -30,6 +25,8 @@ use netmanager_api::identity::RevokedList;
 
 /// Where a lead says how it is.
 pub(crate) const ABOUT: &str = "/raft/v1/about";
+/// So many leases a member may take to say it: who is merely busy is not gone.
+pub(crate) const ABOUT_LEASES: u32 = 2;
 /// How often the steward looks.
 const ROUND: Duration = Duration::from_millis(100);
 /// How long a change of the membership may take.
@@ -55,8 +52,7 @@ impl Lead {
         if id == self.id {
             return Some(self.about());
         }
-        // Who is merely busy is not gone.
-        let limit = 2 * self.timers.lease();
+        let limit = ABOUT_LEASES * self.timers.lease();
         let answer = self.network.post::<_, About>(member, ABOUT, &(), limit);
         answer.await.ok().filter(|about| about.id == id)
     }
@@ -70,7 +66,7 @@ impl Lead {
         join_all(asked).await
     }
 
-    async fn alive(&self, roll: &Roll) -> BTreeSet<u64> {
+    pub(crate) async fn alive(&self, roll: &Roll) -> BTreeSet<u64> {
         let abouts = self.abouts(roll).await.into_iter();
         let level = self.replica.read(|base| base.level);
         // One that does not know the commands in the log is of no use to anybody.
@@ -203,41 +199,6 @@ impl Lead {
             Ok(Err(error)) => Err(MemberError::Raft(error.to_string()).into()),
             Err(_) => Err(ProposeError::Unknown.into()),
         }
-    }
-
-    /// Lets another lead, if this one is meant; who leads then.
-    pub(crate) async fn hand_over(&self, name: Option<String>) -> Result<String, AskError> {
-        let roll = Roll::of(&self.raft);
-        match name {
-            Some(name) if roll.named(&name).is_none() => {
-                return Err(MemberError::Unknown(name).into());
-            }
-            Some(name) if name != self.name => return Ok(self.name.clone()),
-            _ => {}
-        }
-        let Ok(_changing) = self.changing.try_lock() else {
-            return Err(MemberError::Busy("a change is under way".to_owned()).into());
-        };
-        // Nobody waits for it yet: until its own vote is free no heir could count on it.
-        let freed = async { sleep(self.election.is_bound_for().await).await };
-        let (alive, ()) = tokio::join!(self.alive(&roll), freed);
-        let hand_over = HandOver {
-            raft: &self.raft,
-            network: &self.network,
-            timers: self.timers,
-            id: self.id,
-            alive,
-        };
-        self.gives_way.store(true, Ordering::Relaxed);
-        // What is on its way into the log is written first: an heir that has not got it could not win.
-        let written = timeout(self.timers.lease(), self.proposing.write()).await;
-        let heir = match written.map(drop) {
-            Ok(()) => hand_over.run().await,
-            Err(_) => None,
-        };
-        self.gives_way.store(false, Ordering::Relaxed);
-        let none = || MemberError::NoHeir(self.name.clone());
-        Ok(heir.ok_or_else(none)?)
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use axum::Router;
 use control_core::base::{KnowledgeBase, Mesh};
 use netmanager_api::identity::RevokedList;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -19,7 +19,8 @@ use crate::{
     board::Board,
     contact, control,
     courier::Courier,
-    door,
+    door, drain,
+    gather::QUEUE,
     lead::{Lead, Planned},
     leases::Leases,
     members,
@@ -88,6 +89,7 @@ impl Running {
         } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
         let (courier, carrying) = Courier::new(network.clone());
+        let (draining, drained) = mpsc::channel(QUEUE);
         let lead = Arc::new(Lead {
             name: settings.name,
             id,
@@ -104,6 +106,7 @@ impl Running {
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
             gives_way: AtomicBool::new(false),
+            drain: draining,
             proposing: tokio::sync::RwLock::default(),
             in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
@@ -117,6 +120,7 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
         tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
         tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
+        tasks.spawn(until(shutdown.clone(), drain::run(lead.clone(), drained)));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
         let introduced = settings.peers.iter().chain(&settings.join.leads);

@@ -23,6 +23,29 @@ pub(crate) const PATH: &str = "/raft/v1/stand";
 /// How often the leader looks whether an heir has its whole log.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// So many leases an heir has to get the whole log.
+const CATCHES_UP: u32 = 1;
+/// So many leases the heir stands.
+const STANDS: u32 = 2;
+/// So many leases later somebody leads, the heir or another one.
+const ELECTS: u32 = STANDS + 1;
+
+/// No heartbeats, until this is dropped.
+struct Silence<'a>(&'a Raft);
+
+impl<'a> Silence<'a> {
+    fn new(raft: &'a Raft) -> Self {
+        raft.runtime_config().heartbeat(false);
+        Self(raft)
+    }
+}
+
+impl Drop for Silence<'_> {
+    fn drop(&mut self) {
+        self.0.runtime_config().heartbeat(true);
+    }
+}
+
 /// What a leader needs to hand over.
 pub(crate) struct HandOver<'a> {
     pub(crate) raft: &'a Raft,
@@ -34,14 +57,18 @@ pub(crate) struct HandOver<'a> {
 }
 
 impl HandOver<'_> {
+    /// So many leases a hand-over takes at most.
+    pub(crate) const LEASES: u32 = CATCHES_UP + ELECTS;
+
     /// Hands over to a voter that has the whole log; the name of who leads then, mostly that one, or `None` when no other
     /// does. The caller sees to it that no change is proposed meanwhile.
     pub(crate) async fn run(&self) -> Option<String> {
-        let heir = timeout(self.timers.lease(), self.heir()).await.ok()?;
+        let heir = timeout(CATCHES_UP * self.timers.lease(), self.heir()).await;
+        let heir = heir.ok()?;
         tracing::info!(heir = heir.name, "handing over");
-        self.raft.runtime_config().heartbeat(false);
+        let silence = Silence::new(self.raft);
         let next = self.unseat(&heir).await;
-        self.raft.runtime_config().heartbeat(true);
+        drop(silence);
         let membership = self.raft.metrics().borrow().membership_config.clone();
         let next = next.filter(|id| *id != self.id)?;
         membership

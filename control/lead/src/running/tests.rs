@@ -21,7 +21,7 @@ use tower::ServiceExt;
 use super::*;
 use crate::{
     dial::DialError,
-    raft::{DiskError, STAND},
+    raft::{DiskError, STAND, election},
     world::{Boxed, Clock, Storage, Wire},
 };
 
@@ -276,6 +276,48 @@ async fn a_drain_answers_with_who_leads_also_where_the_heir_did_not_win() {
     };
     let heir = heir.lock().unwrap().clone().unwrap();
     assert_ne!(said, heir.as_str(), "nobody was asked to vote for it");
+    group.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_drain_nobody_waits_for_goes_on_leading_where_no_other_does() {
+    let giver = Arc::new(watch::Sender::new(None::<String>));
+    // The heir does not hear that it is to stand, and from then on nobody else finds out whether it could win.
+    let rule = {
+        let giver = giver.clone();
+        move |way: &Way<'_>| {
+            if way.path == STAND {
+                giver.send_replace(Some(way.from.to_owned()));
+            }
+            let is_over = way.path == STAND || way.path == election::PATH;
+            match is_over && giver.borrow().is_some() {
+                true => Fate::IsLost,
+                false => Fate::Arrives,
+            }
+        }
+    };
+    let group = Group::start(Arc::new(rule)).await;
+    let mut gives_way = giver.subscribe();
+    let leader = tokio::select! {
+        answer = group.done("a", Method::POST, "/v1/leads/drain") => panic!("{answer}"),
+        // The asker goes away here.
+        giver = gives_way.wait_for(Option::is_some) => giver.unwrap().clone().unwrap(),
+    };
+    let end = Instant::now() + LIMIT;
+    loop {
+        let goal = GOAL.replace("NAME", "one");
+        let path = "/v1/applications";
+        let (status, answer) = group.ask_for(&leader, Method::POST, path, goal).await;
+        if status == StatusCode::OK {
+            break;
+        }
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+        assert!(Instant::now() < end, "{leader} leads no more: {answer}");
+    }
+    let leads = group.done(&leader, Method::GET, "/v1/leads").await;
+    let leads = leads["items"].as_array().unwrap();
+    let leads: Vec<_> = leads.iter().filter(|it| it["role"] == "leader").collect();
+    assert_eq!(leads[0]["name"], leader.as_str(), "{leads:?}");
     group.end().await;
 }
 
