@@ -71,6 +71,8 @@ impl Netns {
     /// # Errors
     /// When iproute2 is missing or the capability to make namespaces is.
     pub fn new(label: &str) -> Result<Self, NetnsError> {
+        // Its threads never end: born inside they would keep a namespace, and its links, for good.
+        let _ = crate::still::stood_still();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("weft-t-{label}-{}-{number}", std::process::id());
         succeed(Command::new("ip").args(["netns", "add", &name]), "the host")?;

@@ -61,17 +61,19 @@ pub(super) fn show(mesh: &Mesh, report: &Report) -> Result<()> {
     }
     mesh.lab("attach", &["--node", "fog-1", "--name", STRANGER])?;
     let page = mesh.page("balanced", 4)?;
-    let mut answer = ask(mesh, STRANGER, &page, COUNT)?;
-    for _ in 1..ATTEMPTS {
-        if answer["ok"] != 0 || slowest_us(&answer) < AT_ONCE_US {
-            break;
-        }
+    let mut slowest = Vec::new();
+    let (answer, refused) = loop {
+        let answer = ask(mesh, STRANGER, &page, COUNT)?;
+        let took = slowest_us(&answer);
+        slowest.push(format!("{took} us"));
+        let is_refused = answer["ok"] == 0;
+        let is_prompt = took < AT_ONCE_US;
         // The machine may have stood still.
-        answer = ask(mesh, STRANGER, &page, COUNT)?;
-    }
-    let slowest = slowest_us(&answer);
-    let seen = format!("slowest {slowest} us{}", failures(&answer));
-    let refused = answer["ok"] == 0 && slowest < AT_ONCE_US;
+        if !is_refused || is_prompt || slowest.len() == ATTEMPTS {
+            break (answer, is_refused && is_prompt);
+        }
+    };
+    let seen = format!("slowest {}{}", slowest.join(", then "), failures(&answer));
     report.claim(
         "a pod without a link is refused at once",
         if refused { Ok(seen) } else { Err(seen) },
