@@ -22,22 +22,27 @@
 //! A flow has a forward and a reverse entry; each holds what is needed to make the other's key. UDP and ICMP echo
 //! live in `FLOWS_LRU`.
 
+mod ageing;
+mod end;
+
+pub(crate) use self::{
+    ageing::{age, make_room},
+    end::{close_forward, finish_forward},
+};
+
 use ebpf_common::{
     addr::NODE_ENDPOINT,
     layout::{
         ACCOUNT_DATAGRAM, ACCOUNT_INBOUND, ACCOUNT_TCP, Addr, Backend, Config, Endpoint,
         FLOW_ESTABLISHED, FLOW_FIN_BACKEND, FLOW_FIN_CLIENT, FLOW_FORWARD, FLOW_HAIRPIN,
-        FLOW_INBOUND, FLOW_LAST_ACK, FLOW_QUEUED, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow,
-        FlowKey, age_tag,
+        FLOW_INBOUND, FLOW_LAST_ACK, FLOW_REVERSE, FLOW_RST, FLOW_SYN_ACK, Flow, FlowKey,
     },
     reason::Reason,
 };
 
 use crate::{
-    header::TCP_RST,
-    log,
     maps::{self, Entry, Inserted, Table, Tally},
-    parse::{Family, Kind, Packet, Part},
+    parse::{Family, Kind, Packet},
     translate::Tuple,
 };
 
@@ -171,83 +176,6 @@ pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey, forward: &Flow) -> bool 
         && (reverse.flags ^ forward.flags) & FLOW_HAIRPIN == 0
 }
 
-/// Puts a connection that opens, or is over, behind the others that give way; its client's first number is `isn_be`.
-#[inline(always)]
-pub(crate) fn age(config: &Config, key: &mut FlowKey, isn_be: u32) {
-    // In place, because stack is scarce.
-    key.pad = age_tag(isn_be);
-    let mut is_queued = maps::age(key);
-    if !is_queued {
-        give_way(config);
-        is_queued = maps::age(key);
-    }
-    key.pad = 0;
-    if !is_queued && let Some(entry) = Table::Connections.get(key) {
-        // Another CPU has taken the room: it is put there when it ends, or user space collects it.
-        entry.clear(FLOW_QUEUED);
-    }
-}
-
-/// How many keys are taken out of `AGEING` at once for one connection that gives way: most may be of connections that
-/// are forgotten already.
-const LOOKS: u32 = 8;
-
-/// Lets a connection give way; false when none is left.
-#[inline(always)]
-pub(crate) fn make_room() -> bool {
-    let Ok(config) = maps::config() else {
-        return false;
-    };
-    for _ in 0..LOOKS {
-        match give_way(config) {
-            Turn::Gave => return true,
-            Turn::Stayed => {}
-            Turn::Nobody => return false,
-        }
-    }
-    true
-}
-
-/// What became of the oldest key in `AGEING`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-enum Turn {
-    /// Its connection was forgotten.
-    Gave,
-    /// Its connection is established, or was forgotten before.
-    Stayed,
-    /// There is no key.
-    Nobody,
-}
-
-/// Takes the oldest connection that gives way out of `AGEING`, and out of `FLOWS` where it has not become
-/// established.
-#[inline(never)]
-fn give_way(config: &Config) -> Turn {
-    let Some(mut key) = maps::oldest() else {
-        return Turn::Nobody;
-    };
-    let tag = key.pad;
-    key.pad = 0;
-    let Some(entry) = Table::Connections.get(&key) else {
-        return Turn::Stayed;
-    };
-    // Another connection has the tuple by now: it has a place of its own.
-    if tag != 0 && tag != age_tag(entry.flow().isn_be) {
-        return Turn::Stayed;
-    }
-    let mut flags = entry.flags();
-    if !gives_way(flags) {
-        // Who ends it now puts the key back, or has ended it before this and leaves it to us.
-        flags = entry.clear(FLOW_QUEUED);
-    }
-    if !gives_way(flags) {
-        return Turn::Stayed;
-    }
-    forget_connection(config, &key, entry);
-    Turn::Gave
-}
-
 /// Notes that the client has answered the backend's SYN.
 #[inline(never)]
 pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Result<(), Reason> {
@@ -270,118 +198,6 @@ pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Resul
 // What happens once per flow is a function of its own, also in the object: the kernel's 512 bytes of stack are
 // counted over the chain of calls, and the path of every packet needs its share.
 
-/// Notes the end of the client's direction.
-#[inline(never)]
-pub(crate) fn close_forward(config: &Config, packet: &mut Packet, forward: Entry) {
-    let bits = ending(packet, FLOW_FIN_CLIENT);
-    let reverse = Table::Connections
-        .get(&reverse_key(config, &packet.key, forward.flow()))
-        .filter(|reverse| belongs_to(reverse.flow(), &packet.key, forward.flow()));
-    let before = reverse.map_or(bits, |reverse| reverse.set(bits));
-    if end(config, &mut packet.key, forward, bits) {
-        log::ended(packet, forward.flow().born_s);
-    }
-    if let Some(reverse) = reverse
-        && is_last_fin(packet, bits, before, reverse)
-        && maps::local(&forward.flow().addr).is_some()
-    {
-        reverse.await_number(packet.fin_acknowledged_be());
-        reverse.set(FLOW_LAST_ACK);
-    }
-}
-
-/// Notes the end of the backend's direction.
-#[inline(never)]
-fn close_reverse(config: &Config, packet: &Packet, reverse: Entry, sender: u32) {
-    let fin = ending(packet, FLOW_FIN_BACKEND);
-    let before = reverse.set(fin);
-    let mut bits = fin;
-    if is_last_fin(packet, fin, before, reverse) && sender != 0 {
-        reverse.await_number(packet.fin_acknowledged_be());
-        bits |= FLOW_LAST_ACK;
-    }
-    let mut key = forward_key(&packet.key, reverse.flow(), sender);
-    if let Some(forward) = Table::Connections.get(&key)
-        && answers_to(forward.flow(), &packet.key)
-        && end(config, &mut key, forward, bits)
-    {
-        log::ended(packet, reverse.flow().born_s);
-    }
-}
-
-/// Whether a forward entry is of the flow whose reverse entry has this key.
-#[inline(always)]
-fn answers_to(forward: &Flow, reverse: &FlowKey) -> bool {
-    forward.addr == reverse.src
-        && forward.port_be == reverse.sport_be
-        && forward.client_port_be == reverse.dport_be
-}
-
-/// Whether a FIN is the second one, and acknowledges the first; of the first it notes what acknowledges it.
-/// `before` are the reverse entry's flags before this FIN's.
-#[inline(always)]
-fn is_last_fin(packet: &Packet, fin: u32, before: u32, reverse: Entry) -> bool {
-    if fin == FLOW_RST || before & (FLOW_RST | fin) != 0 || packet.part != Part::Whole {
-        return false;
-    }
-    if before & ENDED == 0 {
-        reverse.await_number(packet.fin_acknowledged_be());
-        return false;
-    }
-    packet.acknowledges(reverse.number_be())
-}
-
-/// Forgets a connection that is over where the client's segment is its last.
-#[inline(never)]
-pub(crate) fn finish_forward(config: &Config, packet: &Packet, forward: Entry) {
-    let key = reverse_key(config, &packet.key, forward.flow());
-    if let Some(reverse) = Table::Connections.get(&key)
-        && belongs_to(reverse.flow(), &packet.key, forward.flow())
-        && packet.acknowledges(reverse.number_be())
-    {
-        Table::Connections.remove(&key);
-        Table::Connections.remove(&packet.key);
-    }
-}
-
-/// Forgets a connection that is over where the backend's segment is its last.
-#[inline(never)]
-fn finish_reverse(packet: &Packet, reverse: Entry, sender: u32) {
-    if !packet.acknowledges(reverse.number_be()) {
-        return;
-    }
-    let key = forward_key(&packet.key, reverse.flow(), sender);
-    if let Some(forward) = Table::Connections.get(&key)
-        && answers_to(forward.flow(), &packet.key)
-    {
-        Table::Connections.remove(&packet.key);
-        Table::Connections.remove(&key);
-    }
-}
-
-/// Notes an end on the forward entry, which decides when the connection is over: whether it is now.
-#[inline(always)]
-fn end(config: &Config, key: &mut FlowKey, forward: Entry, bits: u32) -> bool {
-    let before = forward.set(bits);
-    let ends = !is_over(before) && is_over(before | bits);
-    if ends {
-        tell_closed(key.endpoint, ACCOUNT_TCP);
-        if before & FLOW_QUEUED == 0 {
-            age(config, key, forward.flow().isn_be);
-        }
-    }
-    ends
-}
-
-#[inline(always)]
-const fn ending(packet: &Packet, fin: u32) -> u32 {
-    if packet.tcp_flags & TCP_RST != 0 {
-        FLOW_RST
-    } else {
-        fin
-    }
-}
-
 /// Decides what a backend's packet is to the endpoint `client`; `None` where it belongs to no translated flow.
 /// `sender` is the number of the endpoint that it comes from, 0 for the tunnel.
 #[inline(always)]
@@ -403,9 +219,9 @@ pub(crate) fn undo(config: &Config, packet: &mut Packet, client: u32, sender: u3
         entry.set(FLOW_SYN_ACK);
     }
     if packet.closes() {
-        close_reverse(config, packet, entry, sender);
+        end::close_reverse(config, packet, entry, sender);
     } else if entry.flags() & FLOW_LAST_ACK != 0 {
-        finish_reverse(packet, entry, sender);
+        end::finish_reverse(packet, entry, sender);
     }
     Some(())
 }
