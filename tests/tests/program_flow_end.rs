@@ -49,6 +49,13 @@ impl Ends {
         ends
     }
 
+    /// Ends it from both sides, the client first; nothing of it is left.
+    fn end(&self, stage: &mut Stage) {
+        self.says(stage, true, FIN | ACK, 101, 10, b"");
+        self.says(stage, false, FIN | ACK, 10, 102, b"");
+        self.says(stage, true, ACK, 102, 11, b"");
+    }
+
     fn says(
         &self,
         stage: &mut Stage,
@@ -237,10 +244,7 @@ fn a_connection_does_not_give_way_for_another_that_had_its_port() {
         });
         // Their keys fill the queue, and nothing else is left of them.
         for port in 1..=4 {
-            let ends = Ends::connect_from(&mut stage, family, port, 3);
-            ends.says(&mut stage, true, FIN | ACK, 101, 10, b"");
-            ends.says(&mut stage, false, FIN | ACK, 10, 102, b"");
-            ends.says(&mut stage, true, ACK, 102, 11, b"");
+            Ends::connect_from(&mut stage, family, port, 3).end(&mut stage);
         }
         assert_eq!(flows(&mut stage), 0);
         // The first port's turn comes with its own new connection, the second's while that opens.
@@ -262,10 +266,7 @@ fn a_full_table_finds_who_gives_way_behind_many_that_are_gone() {
             ..Sizes::default()
         });
         for port in 1..=100 {
-            let ends = Ends::connect_from(&mut stage, family, port, 3);
-            ends.says(&mut stage, true, FIN | ACK, 101, 10, b"");
-            ends.says(&mut stage, false, FIN | ACK, 10, 102, b"");
-            ends.says(&mut stage, true, ACK, 102, 11, b"");
+            Ends::connect_from(&mut stage, family, port, 3).end(&mut stage);
         }
         for port in 101..=104 {
             connect(&mut stage, family, port, 100);
