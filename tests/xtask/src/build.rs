@@ -22,10 +22,16 @@ pub(crate) const CONTROL_PLANE: Groups = &[&["weft"]];
 pub(crate) const DATA_PATH: Groups = &[&["weft-netmanager"], &["weft-cni"]];
 
 /// A cargo command at the workspace's root.
+///
+/// In CI, where each checkout is built once, without incremental compilation: its state is more than half of what a
+/// checkout's build takes of the disk. `CARGO_INCREMENTAL` overrules.
 pub(crate) fn cargo(args: &[&str]) -> Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
     command.args(args).current_dir(root());
+    if env::var_os("CI").is_some() && env::var_os("CARGO_INCREMENTAL").is_none() {
+        command.env("CARGO_INCREMENTAL", "0");
+    }
     command
 }
 
