@@ -17,6 +17,8 @@ use crate::{
     raft::Member,
 };
 
+/// So many leases without a word of a majority end a leader's streams.
+const LEADS: u32 = 1;
 /// So many leases without a word of a leader end a follower's streams: an election takes two.
 const FOLLOWS: u32 = 4;
 /// A lead that heard no leader for so many leases asks whether it is still a member.
@@ -66,16 +68,15 @@ struct Contact {
     heard: Option<Instant>,
     /// Since when it leads.
     leads_since: Option<Instant>,
+    /// For how long it may hear nobody, leases.
+    patience: u32,
 }
 
 impl Contact {
     fn is_kept(self, now: Instant, lease: Duration) -> bool {
         // Who was just elected has heard a majority of voters, and gets a lease to hear them again.
-        let (last, limit) = match self.leads_since {
-            Some(since) => (self.heard.max(Some(since)), lease),
-            None => (self.heard, FOLLOWS * lease),
-        };
-        last.is_some_and(|last| now.saturating_duration_since(last) <= limit)
+        let last = self.heard.max(self.leads_since);
+        last.is_some_and(|last| now.saturating_duration_since(last) <= self.patience * lease)
     }
 }
 
@@ -86,10 +87,13 @@ pub(crate) async fn watch(lead: Arc<Lead>) {
         let unheard = lead.unheard().await;
         let at = Instant::now();
         contact.heard = unheard.and_then(|it| at.checked_sub(it)).max(contact.heard);
-        // A leader that gives way waits for the next one, as its followers do.
-        let leads = lead.raft.metrics().borrow().state == ServerState::Leader
-            && !lead.gives_way.load(Ordering::Relaxed);
+        let leads = lead.raft.metrics().borrow().state == ServerState::Leader;
         contact.leads_since = leads.then(|| contact.leads_since.unwrap_or(at));
+        // A leader that gives way waits for the next one, as its followers do.
+        contact.patience = match leads && !lead.gives_way.load(Ordering::Relaxed) {
+            true => LEADS,
+            false => FOLLOWS,
+        };
         let now = contact.is_kept(at, lead.timers.lease());
         let changed = |known: &mut bool| std::mem::replace(known, now) != now;
         if lead.in_touch.send_if_modified(changed) && !now {
@@ -130,19 +134,24 @@ mod tests {
         let lease = Duration::from_millis(750);
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        for (heard, leads_since, now, want) in [
-            (None, None, 0, false),
-            (Some(0), None, 750, true),
-            (Some(0), None, 3_000, true),
-            (Some(0), None, 3_001, false),
-            (Some(0), Some(2_000), 2_750, true),
-            (Some(0), Some(2_000), 2_751, false),
-            (Some(2_500), Some(2_000), 3_250, true),
-            (None, Some(2_000), 2_100, true),
+        for (heard, leads_since, patience, now, want) in [
+            (None, None, FOLLOWS, 0, false),
+            (Some(0), None, FOLLOWS, 750, true),
+            (Some(0), None, FOLLOWS, 3_000, true),
+            (Some(0), None, FOLLOWS, 3_001, false),
+            (Some(0), Some(2_000), LEADS, 2_750, true),
+            (Some(0), Some(2_000), LEADS, 2_751, false),
+            (Some(2_500), Some(2_000), LEADS, 3_250, true),
+            (None, Some(2_000), LEADS, 2_100, true),
+            // It gives way, and then nobody took over.
+            (Some(2_500), Some(0), FOLLOWS, 5_500, true),
+            (Some(2_500), Some(0), FOLLOWS, 5_501, false),
+            (Some(2_500), Some(0), LEADS, 3_251, false),
         ] {
             let contact = Contact {
                 heard: heard.map(at),
                 leads_since: leads_since.map(at),
+                patience,
             };
             assert_eq!(
                 contact.is_kept(at(now), lease),
