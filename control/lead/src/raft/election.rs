@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::{StreamExt, stream::FuturesUnordered};
 use openraft::{LogId, ServerState, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
@@ -41,6 +41,11 @@ struct Standing {
 /// Whether a voter says yes.
 fn says_yes(own: Standing, canvass: Canvass, lease: Duration) -> bool {
     own.silent.is_none_or(|silent| silent >= lease) && canvass.last >= own.last
+}
+
+/// How many of so many voters decide.
+fn majority(voters: usize) -> usize {
+    voters / 2 + 1
 }
 
 /// How long a candidate waits from now: the rest of the lease, and its place in the queue.
@@ -142,7 +147,7 @@ impl Election {
     async fn is_wanted(&self, last: Option<LogId<u64>>) -> bool {
         let (voters, others) = self.voters();
         let others = others.into_iter().map(|(_, member)| member).collect();
-        2 * (self.canvass(last, others).await + 1) > voters
+        self.canvass(last, others, majority(voters) - 1).await
     }
 
     /// As [`Election::is_wanted`], when the leader `giver` gives way: its vote is certain, and its answer would not say so.
@@ -150,26 +155,34 @@ impl Election {
         let (voters, others) = self.voters();
         let (givers, others): (Vec<_>, Vec<_>) =
             others.into_iter().partition(|(id, _)| Some(*id) == giver);
-        let certain = 1 + givers.len();
-        if 2 * certain > voters {
+        let missing = majority(voters).saturating_sub(1 + givers.len());
+        if missing == 0 {
             return true;
         }
         let Some(Standing { last, .. }) = self.standing().await else {
             return false;
         };
         let others = others.into_iter().map(|(_, member)| member).collect();
-        2 * (self.canvass(last, others).await + certain) > voters
+        self.canvass(last, others, missing).await
     }
 
-    /// How many of these would vote for this lead.
-    async fn canvass(&self, last: Option<LogId<u64>>, others: Vec<Member>) -> usize {
+    /// Whether at least `wanted` of these would vote for this lead; known as soon as so many said so.
+    async fn canvass(&self, last: Option<LogId<u64>>, others: Vec<Member>, wanted: usize) -> bool {
         let canvass = Canvass { last };
         let limit = Duration::from_millis(self.timers.heartbeat_ms);
         let asked = others.iter().map(|member| async {
             let answer = self.network.post(member, PATH, &canvass, limit);
             matches!(answer.await, Ok(true))
         });
-        join_all(asked).await.into_iter().filter(|yes| *yes).count()
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        let mut yes = 0;
+        while yes < wanted {
+            match asked.next().await {
+                Some(answer) => yes += usize::from(answer),
+                None => return false,
+            }
+        }
+        true
     }
 
     /// How many voters there are, and those beside this lead.

@@ -10,7 +10,7 @@
 //! openraft 0.9 has no leadership transfer. The pause is one round trip with up to three leads, and with more the
 //! rest of a lease.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, pin::pin, time::Duration};
 
 use openraft::{RaftMetrics, ServerState};
 use tokio::time::{Instant, sleep, timeout};
@@ -95,19 +95,23 @@ impl HandOver<'_> {
     async fn unseat(&self, heir: &Member) -> Option<u64> {
         let stand = self
             .network
-            .post::<_, bool>(heir, PATH, &(), 2 * self.timers.lease());
+            .post::<_, bool>(heir, PATH, &(), STANDS * self.timers.lease());
         let mut metrics = self.raft.metrics();
         let term = metrics.borrow().current_term;
         let elected = async {
             let elected = metrics.wait_for(|metrics| elected_after(term, metrics).is_some());
-            let elected = timeout(3 * self.timers.lease(), elected).await.ok()?.ok()?;
-            elected_after(term, &elected)
+            let elected = timeout(ELECTS * self.timers.lease(), elected);
+            let metrics = elected.await.ok()?.ok()?;
+            elected_after(term, &metrics)
         };
-        let (stood, elected) = tokio::join!(stand, elected);
-        if let Err(error) = stood {
-            tracing::warn!(%error, heir = heir.name, "the heir did not stand");
+        let mut elected = pin!(elected);
+        tokio::select! {
+            elected = &mut elected => return elected,
+            stood = stand => if let Err(error) = stood {
+                tracing::warn!(%error, heir = heir.name, "the heir did not stand");
+            },
         }
-        elected
+        elected.await
     }
 }
 
@@ -118,30 +122,76 @@ fn elected_after(term: u64, metrics: &RaftMetrics<u64, Member>) -> Option<u64> {
         .filter(|_| metrics.current_term > term)
 }
 
+/// Whether a lead that stands since `term` leads; `None` while that is open.
+fn outcome(term: u64, id: u64, metrics: &RaftMetrics<u64, Member>) -> Option<bool> {
+    let leads = metrics.state == ServerState::Leader;
+    // Standing raises the term, too, but makes nobody a leader.
+    let lost = elected_after(term, metrics).is_some_and(|leader| leader != id);
+    (leads || lost).then_some(leads)
+}
+
 impl Election {
-    /// Stands as soon as it can win, and again until this lead leads or two leases are over; whether it leads. It waits
-    /// twice as long for each candidacy as for the one before: standing again gives up the votes that are still on their way.
-    /// Standing in vain is worse: who voted follows nobody whom the others elect meanwhile.
+    /// Stands as soon as it can win, and again until a lead is elected or two leases are over; whether this one leads. It
+    /// waits twice as long for each candidacy as for the one before: standing again gives up the votes that are still on
+    /// their way. Standing in vain is worse: who voted follows nobody whom the others elect meanwhile.
     pub(crate) async fn stand(&self) -> bool {
-        let end = Instant::now() + 2 * self.timers.lease();
-        let giver = self.raft.metrics().borrow().current_leader;
+        let end = Instant::now() + STANDS * self.timers.lease();
+        let mut metrics = self.raft.metrics();
+        let (giver, term) = {
+            let metrics = metrics.borrow();
+            (metrics.current_leader, metrics.current_term)
+        };
+        let outcome = |metrics: &RaftMetrics<u64, Member>| outcome(term, self.id, metrics);
         let mut patience = self.timers.stagger();
         tracing::info!("standing for election: the leader gives way");
         while Instant::now() < end {
+            if let Some(leads) = outcome(&metrics.borrow()) {
+                return leads;
+            }
             if !self.can_win(giver).await {
                 sleep(LOOK).await;
                 continue;
             }
+            // Asking took a while.
+            if let Some(leads) = outcome(&metrics.borrow()) {
+                return leads;
+            }
             if self.raft.trigger().elect().await.is_err() {
                 return false;
             }
-            let mut metrics = self.raft.metrics();
-            let elected = metrics.wait_for(|metrics| metrics.state == ServerState::Leader);
-            if let Ok(elected) = timeout(patience, elected).await {
-                return elected.is_ok();
+            let decided = metrics.wait_for(|metrics| outcome(metrics).is_some());
+            match timeout(patience, decided).await {
+                Ok(Ok(decided)) => return outcome(&decided) == Some(true),
+                Ok(Err(_)) => return false,
+                Err(_) => patience *= 2,
             }
-            patience *= 2;
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_heir_stands_until_it_leads_or_another_is_elected() {
+        let (giver, heir, other) = (1, 2, 3);
+        let term = 7;
+        for (now, leader, state, want) in [
+            (7, Some(giver), ServerState::Follower, None),
+            (8, None, ServerState::Candidate, None),
+            (8, Some(heir), ServerState::Candidate, None),
+            (8, Some(heir), ServerState::Leader, Some(true)),
+            (8, Some(other), ServerState::Follower, Some(false)),
+            (9, Some(giver), ServerState::Follower, Some(false)),
+        ] {
+            let mut metrics = RaftMetrics::new_initial(heir);
+            metrics.current_term = now;
+            metrics.current_leader = leader;
+            metrics.state = state;
+            let is = outcome(term, heir, &metrics);
+            assert_eq!(is, want, "{leader:?} in term {now}, {state:?}");
+        }
     }
 }

@@ -40,6 +40,8 @@ const SLOW: Duration = Duration::from_millis(150);
 /// How often a test is tried that a halted machine may disturb.
 const ATTEMPTS: usize = 20;
 const WINS: usize = 4;
+/// How often an heir stands in a test that asks what it mostly does.
+const ROUNDS: usize = 5;
 /// So many candidacies fit into two leases, when each waits twice as long as the one before.
 const FEW: u64 = 4;
 
@@ -323,13 +325,14 @@ async fn a_leader_whose_drain_nobody_waits_for_goes_on_leading_where_no_other_do
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_heir_stands_when_it_can_win_and_not_before() {
-    // A term in vain takes the followers of whoever else is elected away.
+    // A term in vain takes the followers of whoever else is elected away. A halted machine may spoil some.
     for names in [NAMES, FIVE] {
         let mut seen = Vec::new();
-        while !seen.contains(&Some(1)) {
-            assert!(seen.len() < 2 * WINS, "{names:?}: {seen:?}");
+        for _ in 0..ROUNDS {
             seen.push(terms_of_a_drain(names).await);
         }
+        let won = seen.iter().filter(|terms| **terms == Some(1)).count();
+        assert!(2 * won > ROUNDS, "{names:?}: {seen:?}");
     }
 }
 
