@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode};
 pub use self::disk::DiskError;
-pub(crate) use self::handover::{HandOver, PATH as STAND};
+pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub use self::recover::{RecoverError, Recovery, Survivor};

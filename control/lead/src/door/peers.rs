@@ -17,7 +17,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     lead::{Answer, Ask, AskError, Lead, SeatOf},
     members,
-    raft::{SEAT, STAND, decode, election, encode, network::TO},
+    raft::{SEAT, STAND, Stand, decode, election, encode, network::TO},
 };
 
 /// The largest message of a lead, bytes.
@@ -96,8 +96,10 @@ async fn ask(
     write(&lead.answer(ask?).await)
 }
 
-async fn stand(State(lead): State<Arc<Lead>>) -> Reply {
-    write(&lead.election.stand().await)
+async fn stand(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
+    // An older lead says nothing.
+    let stand: Option<Stand> = read(&body)?;
+    write(&lead.election.stand(stand.unwrap_or_default()).await)
 }
 
 async fn seat(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {

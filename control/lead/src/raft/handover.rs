@@ -13,6 +13,7 @@
 use std::{collections::BTreeSet, pin::pin, time::Duration};
 
 use openraft::{RaftMetrics, ServerState};
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Member, Raft, Timers, election::Election, members::Roll, network::Network};
@@ -29,6 +30,25 @@ const CATCHES_UP: u32 = 1;
 const STANDS: u32 = 2;
 /// So many leases later somebody leads, the heir or another one.
 const ELECTS: u32 = STANDS + 1;
+
+/// Stand for election: who sends this gives way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Stand {
+    /// Who gives way; where it is not said, whom the heir takes for the leader.
+    pub(crate) giver: Option<u64>,
+    /// The term that it leads in; where it is not said, the one that the heir knows.
+    pub(crate) term: Option<u64>,
+}
+
+impl Stand {
+    /// Who gives way, in which term; `None` when that term is over, and it came too late.
+    fn known(self, metrics: &RaftMetrics<u64, Member>) -> Option<(Option<u64>, u64)> {
+        let term = self.term.unwrap_or(metrics.current_term);
+        let giver = self.giver.or(metrics.current_leader);
+        (metrics.current_term <= term).then_some((giver, term))
+    }
+}
 
 /// No heartbeats, until this is dropped.
 struct Silence<'a>(&'a Raft);
@@ -52,6 +72,8 @@ pub(crate) struct HandOver<'a> {
     pub(crate) network: &'a Network,
     pub(crate) timers: Timers,
     pub(crate) id: u64,
+    /// The term that it leads in.
+    pub(crate) term: u64,
     /// The members that answer.
     pub(crate) alive: BTreeSet<u64>,
 }
@@ -93,11 +115,15 @@ impl HandOver<'_> {
 
     /// Tells the heir to stand; who is elected next, which another election may decide.
     async fn unseat(&self, heir: &Member) -> Option<u64> {
+        let term = self.term;
+        let stand = Stand {
+            giver: Some(self.id),
+            term: Some(term),
+        };
         let stand = self
             .network
-            .post::<_, bool>(heir, PATH, &(), STANDS * self.timers.lease());
+            .post::<_, bool>(heir, PATH, &stand, STANDS * self.timers.lease());
         let mut metrics = self.raft.metrics();
-        let term = metrics.borrow().current_term;
         let elected = async {
             let elected = metrics.wait_for(|metrics| elected_after(term, metrics).is_some());
             let elected = timeout(ELECTS * self.timers.lease(), elected);
@@ -134,12 +160,13 @@ impl Election {
     /// Stands as soon as it can win, and again until a lead is elected or two leases are over; whether this one leads. It
     /// waits twice as long for each candidacy as for the one before: standing again gives up the votes that are still on
     /// their way. Standing in vain is worse: who voted follows nobody whom the others elect meanwhile.
-    pub(crate) async fn stand(&self) -> bool {
+    pub(crate) async fn stand(&self, stand: Stand) -> bool {
         let end = Instant::now() + STANDS * self.timers.lease();
         let mut metrics = self.raft.metrics();
-        let (giver, term) = {
-            let metrics = metrics.borrow();
-            (metrics.current_leader, metrics.current_term)
+        let known = stand.known(&metrics.borrow());
+        let Some((giver, term)) = known else {
+            tracing::info!(?stand, "not standing for election: that term is over");
+            return false;
         };
         let outcome = |metrics: &RaftMetrics<u64, Member>| outcome(term, self.id, metrics);
         let mut patience = self.timers.stagger();
@@ -173,6 +200,40 @@ impl Election {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::raft::{decode, encode};
+
+    #[test]
+    fn an_heir_stands_for_the_giver_of_this_term_and_not_for_one_of_an_earlier() {
+        let mut metrics = RaftMetrics::new_initial(2);
+        metrics.current_term = 7;
+        metrics.current_leader = Some(1);
+        let of = |giver, term| Stand {
+            giver: Some(giver),
+            term: Some(term),
+        };
+        for (stand, want) in [
+            (of(1, 7), Some((Some(1), 7))),
+            // It has not heard of that leader yet.
+            (of(3, 8), Some((Some(3), 8))),
+            (of(3, 6), None),
+            (of(1, 6), None),
+            (Stand::default(), Some((Some(1), 7))),
+        ] {
+            assert_eq!(stand.known(&metrics), want, "{stand:?}");
+        }
+    }
+
+    #[test]
+    fn an_older_lead_says_neither_who_gives_way_nor_when() {
+        let old = encode(&()).unwrap();
+        assert_eq!(decode::<Option<Stand>>(&old).unwrap(), None);
+        let stand = Stand {
+            giver: Some(1),
+            term: Some(7),
+        };
+        let new = encode(&stand).unwrap();
+        assert_eq!(decode::<Option<Stand>>(&new).unwrap(), Some(stand));
+    }
 
     #[test]
     fn an_heir_stands_until_it_leads_or_another_is_elected() {
