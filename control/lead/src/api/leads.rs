@@ -173,8 +173,10 @@ async fn hand_over(lead: &Lead, asking: &Asking, name: Option<String>) -> Answer
         Some(name) => format!("ask lead {name} to let another lead"),
         None => "ask the leader to let another lead".to_owned(),
     };
+    // Noting it may take until another leads.
+    let wish = lead.wish(name);
     note(lead, &asking.caller.name, what).await?;
-    match lead.ask(Ask::HandOver { name }).await? {
+    match lead.fulfil(wish).await? {
         lead::Answer::Leader(leader) => Ok(Json(Drained { leader })),
         other => Err(unexpected(other)),
     }
