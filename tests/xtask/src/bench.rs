@@ -31,6 +31,15 @@ pub(crate) struct BenchArgs {
     /// How often `control` kills the leader; 3 unless it is said.
     #[arg(long)]
     kills: Option<u32>,
+    /// How many agents `agents` simulates; 250 unless it is said.
+    #[arg(long)]
+    agents: Option<u32>,
+    /// How many nodes each of them has; 40 unless it is said.
+    #[arg(long)]
+    nodes: Option<u32>,
+    /// How many endpoints each of them has, a multiple of 100; 1,000 unless it is said.
+    #[arg(long)]
+    endpoints: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -45,16 +54,18 @@ enum Bench {
     Table,
     /// Changes acknowledged by three leads against a three-member etcd, and what a lost leader costs.
     Control,
+    /// 250 agents with 40 nodes and 1,000 endpoints each on three leads: one endpoint's change, memory, a restart.
+    Agents,
 }
 
 /// Builds what is measured and what measures, and runs it.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     host::check(match args.name {
-        Bench::Control => host::Needs::NETWORK,
+        Bench::Control | Bench::Agents => host::Needs::NETWORK,
         _ => host::Needs::NETFILTER,
     })?;
     let binaries = build::release(match args.name {
-        Bench::Control => build::CONTROL_PLANE,
+        Bench::Control | Bench::Agents => build::CONTROL_PLANE,
         _ => build::DATA_PATH,
     })?;
     let bench = build::executables(&["weft-tests"])?
@@ -66,9 +77,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         Bench::Tunnel => "tunnel",
         Bench::Table => "table",
         Bench::Control => "control",
+        Bench::Agents => "agents",
     };
     let own = match args.name {
         Bench::Control => control(args, &binaries)?,
+        Bench::Agents => agents(args, &binaries),
         _ => Vec::new(),
     };
     let status = Command::new(bench)
@@ -94,6 +107,22 @@ fn control(args: &BenchArgs, binaries: &Path) -> Result<Vec<OsString>> {
         own.extend(["--kills".into(), kills.to_string().into()]);
     }
     Ok(own)
+}
+
+/// What `agents` is told besides: a folder on the disk that holds the build, and how large.
+fn agents(args: &BenchArgs, binaries: &Path) -> Vec<OsString> {
+    let mut own: Vec<OsString> = vec!["--data".into(), binaries.into()];
+    let sizes = [
+        ("--agents", args.agents),
+        ("--nodes", args.nodes),
+        ("--endpoints", args.endpoints),
+    ];
+    for (option, size) in sizes {
+        if let Some(size) = size {
+            own.extend([option.into(), size.to_string().into()]);
+        }
+    }
+    own
 }
 
 /// Debian's etcd, from the cache or downloaded into it.

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use weft_tests::steal::CpuTime;
 
 use crate::{
+    agents::Agents,
     awake::Awake,
     case::{self, Case},
     control::{self, Control},
@@ -66,6 +67,8 @@ enum Name {
     Table,
     /// Changes acknowledged by three leads, and what a lost leader costs.
     Control(Control),
+    /// Many agents on three leads: who is told of one endpoint's change, and when.
+    Agents(Agents),
 }
 
 /// What was measured, what each series is divided by, and what is demanded.
@@ -93,6 +96,7 @@ impl Bench {
             Name::Tunnel => self.tunnel()?,
             Name::Table => self.table()?,
             Name::Control(control) => self.control(control)?,
+            Name::Agents(agents) => self.agents(agents)?,
         };
         let report = Report {
             bench: match self.name {
@@ -101,6 +105,7 @@ impl Bench {
                 Name::Tunnel => "tunnel",
                 Name::Table => "table",
                 Name::Control(_) => "control",
+                Name::Agents(_) => "agents",
             },
             machine: format!(
                 "{}{}, load average {load} before, {:.1} % of the time stolen by its host",
@@ -158,6 +163,18 @@ impl Bench {
                 ..series
             },
             gates: gate::CONTROL,
+            place: format!(", {place}"),
+        })
+    }
+
+    fn agents(&self, agents: &Agents) -> Result<Measured> {
+        let mut figures = Figures::default();
+        let place = agents.measure(&self.binaries, &mut figures)?;
+        Ok(Measured {
+            figures,
+            // There is nothing beside it.
+            reference: |series| Series { case: "", ..series },
+            gates: gate::AGENTS,
             place: format!(", {place}"),
         })
     }

@@ -11,12 +11,12 @@
 //! a row of its own. A change of Weft's is acknowledged when it is on the disks of a majority *and* planned for; the
 //! planner's time is not left out.
 
-mod client;
+pub(crate) mod client;
 mod etcd;
 mod fall;
-mod member;
-mod place;
-mod weft;
+pub(crate) mod member;
+pub(crate) mod place;
+pub(crate) mod weft;
 mod writers;
 
 use std::{path::Path, path::PathBuf, time::Duration};
@@ -95,7 +95,7 @@ impl Control {
             .enable_all()
             .build()
             .context("failed to start the runtime")?;
-        let mut leads = runtime.block_on(Leads::start(binaries, data.path()))?;
+        let mut leads = runtime.block_on(Leads::start(binaries, data.path(), &[]))?;
         {
             let etcd = runtime.block_on(Etcd::start(&self.etcd, data.path()))?;
             writes(&runtime, (&leads, &etcd), data.path(), rounds, figures)?;
@@ -164,7 +164,7 @@ fn writes(
     })
 }
 
-fn push(
+pub(crate) fn push(
     figures: &mut Figures,
     (case, metric): (&'static str, &'static str),
     unit: &'static str,
@@ -178,6 +178,6 @@ fn push(
     figures.push(series, unit, value);
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1_000.0
 }

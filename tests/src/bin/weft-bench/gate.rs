@@ -5,7 +5,7 @@
 use serde::Serialize;
 
 use crate::{
-    case, control,
+    agents, case, control,
     figures::{Figures, Interval, Series},
     load::{Family, Metric},
     statistics, table, tunnel,
@@ -180,6 +180,18 @@ pub(crate) const CONTROL: &[Gate] = &[
         Against::Nothing,
         Bound::NeverMore(2.0 * control::LEASE_MS),
     ),
+];
+
+/// `bench agents`, at its default size.
+pub(crate) const AGENTS: &[Gate] = &[
+    weft(agents::TOLD_P99, Against::Nothing, Bound::AtMost(300.0)),
+    weft(agents::UNCONCERNED, Against::Nothing, Bound::NeverMore(0.0)),
+    weft(
+        agents::LEADER_RSS,
+        Against::Nothing,
+        Bound::NeverMore(1_024.0),
+    ),
+    weft(agents::SERVES, Against::Nothing, Bound::NeverMore(10_000.0)),
 ];
 
 const fn weft(metric: &'static str, against: Against, bound: Bound) -> Gate {

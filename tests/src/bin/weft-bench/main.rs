@@ -1,6 +1,7 @@
 //! `weft-bench`: measures Weft beside its peers in one run; started by `cargo xtask bench`.
 #![forbid(unsafe_code)]
 
+mod agents;
 mod awake;
 mod bench;
 mod case;

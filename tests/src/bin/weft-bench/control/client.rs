@@ -19,23 +19,23 @@ const LIMIT: Duration = Duration::from_secs(15);
 
 /// A member's address, and how one knocks there.
 #[derive(Clone, Debug)]
-pub(super) struct Door {
-    pub(super) address: SocketAddr,
-    pub(super) tls: Arc<ClientConfig>,
+pub(crate) struct Door {
+    pub(crate) address: SocketAddr,
+    pub(crate) tls: Arc<ClientConfig>,
 }
 
 /// What came back.
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) status: StatusCode,
-    pub(super) headers: HeaderMap,
-    pub(super) trailers: HeaderMap,
-    pub(super) body: Bytes,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) trailers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 /// A connection that lasts until it is dropped.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     requests: SendRequest<Full<Bytes>>,
     driver: JoinHandle<()>,
 }
@@ -47,7 +47,7 @@ impl Drop for Connection {
 }
 
 impl Door {
-    pub(super) async fn open(&self) -> Result<Connection> {
+    pub(crate) async fn open(&self) -> Result<Connection> {
         let opened = timeout(LIMIT, self.connect()).await;
         opened
             .context("it took too long")
@@ -72,7 +72,7 @@ impl Door {
 
 impl Connection {
     /// Sends `request` and reads the whole answer.
-    pub(super) async fn ask(&self, request: Request<Full<Bytes>>) -> Result<Answer> {
+    pub(crate) async fn ask(&self, request: Request<Full<Bytes>>) -> Result<Answer> {
         let mut requests = self.requests.clone();
         let asked = async {
             requests.ready().await?;
@@ -90,7 +90,7 @@ impl Connection {
 }
 
 /// A request for `path`, of whoever listens.
-pub(super) fn request(
+pub(crate) fn request(
     method: &str,
     path: &str,
     content_type: &str,

@@ -17,7 +17,7 @@ const TICKS: u64 = 100;
 const TAIL: usize = 2_000;
 
 /// Starts `program`; what it says is in the file `log`.
-pub(super) fn start(program: &Path, arguments: &[String], log: &Path) -> Result<Process> {
+pub(crate) fn start(program: &Path, arguments: &[String], log: &Path) -> Result<Process> {
     let said = File::options()
         .create(true)
         .append(true)
@@ -36,14 +36,14 @@ pub(super) fn start(program: &Path, arguments: &[String], log: &Path) -> Result<
 }
 
 /// The end of what a member said.
-pub(super) fn tail(log: &Path) -> String {
+pub(crate) fn tail(log: &Path) -> String {
     let text = fs::read(log).unwrap_or_default();
     let end = &text[text.len().saturating_sub(TAIL)..];
     String::from_utf8_lossy(end).into_owned()
 }
 
 /// So many free addresses of this machine, all different.
-pub(super) fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
+pub(crate) fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
     // Held together: one that is given back may be given again.
     let held: Result<Vec<_>, _> = (0..count)
         .map(|_| TcpListener::bind("127.0.0.1:0"))
@@ -53,7 +53,7 @@ pub(super) fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
 }
 
 /// Runs a command to its successful end.
-pub(super) fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output();
     let output = output.with_context(|| format!("failed to start {name}"))?;
@@ -64,11 +64,11 @@ pub(super) fn run(command: &mut Command) -> Result<()> {
 
 /// CPU time of processes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct CpuTime(u64);
+pub(crate) struct CpuTime(u64);
 
 impl CpuTime {
     /// Of these together.
-    pub(super) fn of_all(pids: &[u32]) -> Result<Self> {
+    pub(crate) fn of_all(pids: &[u32]) -> Result<Self> {
         let each = pids
             .iter()
             .map(|pid| Self::at(&format!("/proc/{pid}/stat")));
@@ -77,7 +77,7 @@ impl CpuTime {
     }
 
     /// Of this process.
-    pub(super) fn own() -> Result<Self> {
+    pub(crate) fn own() -> Result<Self> {
         Self::at("/proc/self/stat")
     }
 
@@ -87,7 +87,7 @@ impl CpuTime {
         Ok(Self(ticks))
     }
 
-    pub(super) fn until(self, later: Self) -> Duration {
+    pub(crate) fn until(self, later: Self) -> Duration {
         Duration::from_millis(later.0.saturating_sub(self.0) * 1_000 / TICKS)
     }
 }

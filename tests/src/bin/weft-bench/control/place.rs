@@ -15,7 +15,7 @@ const MEMORY: [&str; 2] = ["tmpfs", "ramfs"];
 const WRITES: usize = 50;
 
 /// The file system of `folder`, for people; memory is refused.
-pub(super) fn of(folder: &Path) -> Result<String> {
+pub(crate) fn of(folder: &Path) -> Result<String> {
     let folder = fs::canonicalize(folder)?;
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("failed to read mountinfo")?;
     let (kind, device) = mount(&mounts, &folder).context("no file system holds the data")?;
@@ -45,7 +45,7 @@ fn mount<'a>(mounts: &'a str, folder: &Path) -> Option<(&'a str, &'a str)> {
 }
 
 /// The median time of a write of 4 KiB, fdatasync(2) included.
-pub(super) fn fsync(folder: &Path) -> Result<Duration> {
+pub(crate) fn fsync(folder: &Path) -> Result<Duration> {
     let mut file = File::create(folder.join("fsync"))?;
     let mut times = Vec::new();
     for _ in 0..WRITES {

@@ -24,16 +24,18 @@ use super::{
 };
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
+/// Where all applications are asked for.
+const APPLICATIONS: &str = "/v1/applications";
 /// The namespace of everything that is applied.
 const NAMESPACE: &str = "bench";
-/// How long a lead may take until it serves.
-const START: Duration = Duration::from_secs(30);
+/// How long a lead may take until it serves; far more than it is allowed, so that it is measured.
+const START: Duration = Duration::from_secs(120);
 /// Between two attempts.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// The leads; they end with this.
 #[derive(Debug)]
-pub(super) struct Leads {
+pub(crate) struct Leads {
     program: PathBuf,
     dir: PathBuf,
     addresses: Vec<SocketAddr>,
@@ -42,8 +44,8 @@ pub(super) struct Leads {
 }
 
 impl Leads {
-    /// Makes a mesh, starts three leads and waits until each serves.
-    pub(super) async fn start(binaries: &Path, data: &Path) -> Result<Self> {
+    /// Makes a mesh (`init`: how, besides), starts three leads and waits until each serves.
+    pub(crate) async fn start(binaries: &Path, data: &Path, init: &[&str]) -> Result<Self> {
         let program = fs::canonicalize(binaries.join("weft"))
             .with_context(|| format!("{} holds no weft", binaries.display()))?;
         let dir = data.join("weft");
@@ -51,7 +53,7 @@ impl Leads {
         let weft = |arguments: &[&str]| {
             member::run(Command::new(&program).current_dir(&dir).args(arguments))
         };
-        weft(&["init", "--dir", "ca", "--mesh", "bench"])?;
+        weft(&[&["init", "--dir", "ca", "--mesh", "bench"], init].concat())?;
         for (role, name) in [("lead", "a"), ("lead", "b"), ("lead", "c"), ("user", "ann")] {
             let out = format!("{role}-{name}");
             weft(&[
@@ -77,9 +79,20 @@ impl Leads {
             leads.running.push(process);
         }
         for number in 0..NAMES.len() {
-            leads.await_service(number).await?;
+            leads.await_service(number, APPLICATIONS).await?;
         }
         Ok(leads)
+    }
+
+    /// The credentials of a cluster's agent.
+    pub(crate) fn agent(&self, cluster: &str) -> Result<PathBuf> {
+        let out = format!("agent-{cluster}");
+        let mut weft = Command::new(&self.program);
+        weft.current_dir(&self.dir)
+            .args(["cert", "--ca", "ca", "--role", "agent", "--name", "agent"])
+            .args(["--cluster", cluster, "--out", &out]);
+        member::run(&mut weft)?;
+        Ok(self.dir.join(out))
     }
 
     fn launch(&self, number: usize) -> Result<Process> {
@@ -103,10 +116,10 @@ impl Leads {
         self.dir.join(format!("{}.log", NAMES[number]))
     }
 
-    /// Waits until a lead answers with all that was acknowledged.
-    async fn await_service(&self, number: usize) -> Result<()> {
+    /// Waits until a lead answers what is asked for at `path`, with all that was acknowledged.
+    async fn await_service(&self, number: usize, path: &str) -> Result<()> {
         let end = Instant::now() + START;
-        while let Err(error) = self.applications(number).await {
+        while let Err(error) = self.get(number, path).await {
             if Instant::now() >= end {
                 let log = member::tail(&self.log(number));
                 bail!("lead {} does not serve: {error:#}\n{log}", NAMES[number]);
@@ -116,17 +129,17 @@ impl Leads {
         Ok(())
     }
 
-    pub(super) fn doors(&self) -> &[Door] {
+    pub(crate) fn doors(&self) -> &[Door] {
         &self.doors
     }
 
-    pub(super) fn pids(&self) -> Vec<u32> {
+    pub(crate) fn pids(&self) -> Vec<u32> {
         self.running.iter().map(|it| it.0.id()).collect()
     }
 
     /// The names of all applications, as lead `number` knows them once it has caught up.
-    pub(super) async fn applications(&self, number: usize) -> Result<BTreeSet<String>> {
-        let list = self.get(number, "/v1/applications").await?;
+    pub(crate) async fn applications(&self, number: usize) -> Result<BTreeSet<String>> {
+        let list = self.get(number, APPLICATIONS).await?;
         let items = list["items"].as_array().context("a list has items")?;
         let prefix = format!("{NAMESPACE}/");
         let name = |item: &Value| Some(item["name"].as_str()?.strip_prefix(&prefix)?.to_owned());
@@ -134,7 +147,7 @@ impl Leads {
     }
 
     /// Which of them leads.
-    pub(super) async fn leader(&self) -> Result<usize> {
+    pub(crate) async fn leader(&self) -> Result<usize> {
         let end = Instant::now() + START;
         loop {
             for number in 0..NAMES.len() {
@@ -154,7 +167,7 @@ impl Leads {
     }
 
     /// Kills a lead and waits for its end (SIGKILL).
-    pub(super) fn kill(&mut self, number: usize) -> Result<()> {
+    pub(crate) fn kill(&mut self, number: usize) -> Result<()> {
         let child = &mut self.running[number].0;
         child.kill()?;
         child.wait()?;
@@ -162,13 +175,18 @@ impl Leads {
     }
 
     /// Starts a lead that was killed and waits until it serves.
-    pub(super) async fn restart(&mut self, number: usize) -> Result<()> {
+    pub(crate) async fn restart(&mut self, number: usize) -> Result<()> {
+        self.restart_by(number, APPLICATIONS).await
+    }
+
+    /// Starts a lead that was killed and waits until it answers what is asked for at `path`.
+    pub(crate) async fn restart_by(&mut self, number: usize, path: &str) -> Result<()> {
         self.running[number] = self.launch(number)?;
-        self.await_service(number).await
+        self.await_service(number, path).await
     }
 
     /// Lets another lead.
-    pub(super) async fn drain(&self) -> Result<()> {
+    pub(crate) async fn drain(&self) -> Result<()> {
         let connection = self.doors[0].open().await?;
         ask(&connection, "POST", "/v1/leads/drain")
             .await
@@ -176,7 +194,7 @@ impl Leads {
     }
 
     /// Takes applications away.
-    pub(super) async fn delete(&self, names: impl Iterator<Item = &String>) -> Result<()> {
+    pub(crate) async fn delete(&self, names: impl Iterator<Item = &String>) -> Result<()> {
         let connection = self.doors[0].open().await?;
         let deleted = names.map(|name| {
             let path = format!("/v1/applications/{NAMESPACE}/{name}");
@@ -195,7 +213,7 @@ async fn ask(connection: &Connection, method: &str, path: &str) -> Result<Value>
 }
 
 /// The goal file of an application with one service, other in each turn and always of one size.
-pub(super) fn goal(name: &str, turn: u64) -> String {
+pub(crate) fn goal(name: &str, turn: u64) -> String {
     format!(
         "\
 apiVersion: weft.dev/v1alpha1
@@ -212,13 +230,13 @@ spec:
 }
 
 /// A POST of [`goal`].
-pub(super) fn change(key: &str, turn: u64) -> Request<Full<Bytes>> {
+pub(crate) fn change(key: &str, turn: u64) -> Request<Full<Bytes>> {
     let body = Bytes::from(goal(key, turn));
     request("POST", "/v1/applications", "application/yaml", body)
 }
 
 /// Whether a change was acknowledged.
-pub(super) fn check(answer: &Answer) -> Result<()> {
+pub(crate) fn check(answer: &Answer) -> Result<()> {
     ensure!(
         answer.status.is_success(),
         "a lead answered {}: {}",
