@@ -76,7 +76,12 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name) -> Vec<Assignment> {
     let owed = kb.owed_stops.get(cluster).into_iter().flatten().cloned();
     let mut stops: Vec<Assignment> = owed.map(stop).collect();
     let mut runs = Vec::new();
-    for (slot, bindings) in &kb.slots {
+    let index = kb.index();
+    let slots = index
+        .within(cluster)
+        .into_iter()
+        .flat_map(|service| kb.slots.range(service.slot(0)..=service.slot(u32::MAX)));
+    for (slot, bindings) in slots {
         for (epoch, binding) in bindings.iter().filter(|(_, b)| b.cluster == *cluster) {
             let id = slot.at(*epoch);
             if binding.state == BindingState::Stopping {

@@ -20,6 +20,7 @@ pub use self::numbers::Numbers;
 use crate::{
     command::{Applied, Batch, Command, Outcome, Refusal},
     goal::{Application, PolicyName, Port, Requests, Writers},
+    index::{Index, Touch},
     migration::Migration,
     name::{AppName, Name, ServiceName, Slot},
     once::{KEY_LIMIT, Memory, Once},
@@ -87,6 +88,9 @@ pub struct KnowledgeBase {
     /// Tokens, revocations, and who changed what.
     #[serde(default)]
     pub security: Security,
+    /// What would have to be searched for; it follows from the rest.
+    #[serde(skip)]
+    pub lookup: Index,
 }
 
 /// The mesh as a whole.
@@ -283,6 +287,7 @@ impl KnowledgeBase {
             .map(|command| self.apply_one(command))
             .collect();
         self.rest();
+        self.settle();
         outcomes
     }
 
@@ -376,6 +381,7 @@ impl KnowledgeBase {
             adopt_until_ms: self.adopt_until_ms,
             memory: Memory::default(),
             security: self.security.sketch(),
+            lookup: Index::default(),
         }
     }
 
@@ -388,9 +394,28 @@ impl KnowledgeBase {
         }
     }
 
-    /// Marks that the tables of the nodes may differ from now on.
+    /// Marks that anything may differ from now on.
+    fn touch_everything(&mut self) {
+        self.tables_index = self.index;
+        self.lookup.touch_everything();
+    }
+
+    /// Marks that the tables of all nodes may differ from now on.
     fn touch_tables(&mut self) {
         self.tables_index = self.index;
+        self.lookup.touch_all_tables();
+    }
+
+    /// Marks that what is said of a service may differ from now on.
+    fn touch_service(&mut self, service: &ServiceName, touch: Touch) {
+        self.tables_index = self.index;
+        self.lookup.touch_service(service, touch);
+    }
+
+    /// Marks that what is said of an application and to it may differ from now on.
+    fn touch_application(&mut self, application: &AppName) {
+        self.tables_index = self.index;
+        self.lookup.touch_application(application);
     }
 
     /// What the specification says of a service.

@@ -15,6 +15,7 @@ pub mod backup;
 pub mod base;
 pub mod command;
 pub mod goal;
+pub mod index;
 pub mod migration;
 pub mod name;
 pub mod once;

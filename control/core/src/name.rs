@@ -28,6 +28,11 @@ pub enum NameError {
 pub struct Name(String);
 
 impl Name {
+    /// The smallest there is.
+    pub(crate) fn least() -> Self {
+        Self("0".to_owned())
+    }
+
     /// The label as written.
     #[must_use]
     pub fn as_str(&self) -> &str {

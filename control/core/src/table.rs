@@ -14,6 +14,7 @@ pub use crate::base::Vip;
 use crate::{
     base::{BindingState, Cluster, KnowledgeBase, Node},
     goal::{Grantee, Port},
+    index::Index,
     name::{Name, ServiceName},
     report::{EndpointFact, Phase},
 };
@@ -128,7 +129,8 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTab
     let here = kb.clusters.get(cluster)?;
     let this = here.nodes.get(node)?;
     let with4 = here.without_ipv4.is_none();
-    let callable = callable(kb, cluster, node);
+    let index = kb.index();
+    let callable = callable(kb, &index, (cluster, node));
     let services: Vec<Service> = callable
         .iter()
         .filter_map(|name| service(kb, name, with4))
@@ -141,74 +143,34 @@ pub fn project(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Option<NodeTab
         number: this.number,
         blocks4: blocks4(kb, this),
         carbon_g_kwh: carbon(here),
-        peers: peers(kb, (cluster, node), &services),
+        peers: peers(kb, &index, (cluster, node), &services),
         services,
-        spliced: here_and_spliced(kb, cluster, node),
+        spliced: here_and_spliced(kb, &index, (cluster, node)),
     })
 }
 
-/// The services that `from` may call: those it links to (in another namespace only with a grant), and those
-/// that are granted to its namespace.
-fn callable_from(kb: &KnowledgeBase, from: &ServiceName) -> BTreeSet<ServiceName> {
-    let granted = |grantee: &Grantee| *grantee == Grantee::Namespace(from.namespace.clone());
-    let mut services = granted_services(kb, granted);
-    if let Some(app) = kb.applications.get(&from.app()) {
-        let links = app.spec.links.iter();
-        services.extend(
-            links
-                .filter(|link| link.from == from.service && link.to.namespace == from.namespace)
-                .map(|link| link.to.clone()),
-        );
-    }
-    services
-}
-
-fn granted_services(
-    kb: &KnowledgeBase,
-    granted: impl Fn(&Grantee) -> bool,
-) -> BTreeSet<ServiceName> {
-    let mut services = BTreeSet::new();
-    for (name, app) in &kb.applications {
-        for grant in app.spec.grants.iter().filter(|grant| granted(&grant.to)) {
-            let of = |service: &Name| name.service(service);
-            if grant.services.is_empty() {
-                services.extend(app.spec.services.keys().map(of));
-            } else {
-                services.extend(grant.services.iter().map(of));
-            }
-        }
-    }
-    services
-}
-
 /// The services that a node's table holds.
-fn callable(kb: &KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<ServiceName> {
+fn callable(
+    kb: &KnowledgeBase,
+    index: &Index,
+    (cluster, node): (&Name, &str),
+) -> BTreeSet<ServiceName> {
     let to_hosts = |grantee: &Grantee| *grantee == Grantee::HostsOf(cluster.clone());
-    let mut services = granted_services(kb, to_hosts);
-    for caller in services_on(kb, cluster, node) {
-        services.extend(callable_from(kb, caller));
+    let mut services = index.granted(kb, to_hosts);
+    for caller in index.on(cluster, node) {
+        services.extend(index.callable_from(kb, caller));
     }
     services
 }
 
-/// The services with instances on a node.
-fn services_on<'a>(kb: &'a KnowledgeBase, cluster: &Name, node: &str) -> BTreeSet<&'a ServiceName> {
-    kb.slots
-        .iter()
-        .filter(|(_, bindings)| {
-            bindings
-                .values()
-                .any(|binding| binding.cluster == *cluster && binding.node == node)
-        })
-        .map(|(slot, _)| &slot.service)
-        .collect()
-}
-
-/// Those of them that ask to be spliced.
-fn here_and_spliced(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Vec<ServiceName> {
-    services_on(kb, cluster, node)
-        .into_iter()
-        .filter(|name| kb.goal(name).is_some_and(|goal| goal.splice))
+/// The services with instances on a node that ask to be spliced.
+fn here_and_spliced(
+    kb: &KnowledgeBase,
+    index: &Index,
+    (cluster, node): (&Name, &str),
+) -> Vec<ServiceName> {
+    let here = index.on(cluster, node);
+    here.filter(|name| kb.goal(name).is_some_and(|goal| goal.splice))
         .cloned()
         .collect()
 }
@@ -216,34 +178,7 @@ fn here_and_spliced(kb: &KnowledgeBase, cluster: &Name, node: &str) -> Vec<Servi
 /// The nodes whose tables hold `service`, by cluster and name.
 #[must_use]
 pub fn concerned(kb: &KnowledgeBase, service: &ServiceName) -> BTreeSet<(Name, String)> {
-    let callers: BTreeSet<&ServiceName> = kb
-        .slots
-        .keys()
-        .map(|slot| &slot.service)
-        .collect::<BTreeSet<_>>()
-        .into_iter()
-        .filter(|caller| callable_from(kb, caller).contains(service))
-        .collect();
-    let mut nodes: BTreeSet<(Name, String)> = kb
-        .slots
-        .iter()
-        .filter(|(slot, _)| callers.contains(&slot.service))
-        .flat_map(|(_, bindings)| bindings.values())
-        .filter(|binding| !binding.node.is_empty())
-        .map(|binding| (binding.cluster.clone(), binding.node.clone()))
-        .collect();
-    for (name, cluster) in &kb.clusters {
-        let to_hosts = |grantee: &Grantee| *grantee == Grantee::HostsOf(name.clone());
-        if granted_services(kb, to_hosts).contains(service) {
-            nodes.extend(
-                cluster
-                    .nodes
-                    .keys()
-                    .map(|node| (name.clone(), node.clone())),
-            );
-        }
-    }
-    nodes
+    kb.index().concerned(kb, service)
 }
 
 /// A service with its backends; `None` when it is linked to but not there.
@@ -310,25 +245,21 @@ fn carbon(cluster: &Cluster) -> u32 {
     u32::try_from(cluster.facts.carbon_g_kwh).unwrap_or(u32::MAX)
 }
 
-fn peers(kb: &KnowledgeBase, (cluster, node): (&Name, &str), services: &[Service]) -> Vec<Peer> {
+fn peers(
+    kb: &KnowledgeBase,
+    index: &Index,
+    (cluster, node): (&Name, &str),
+    services: &[Service],
+) -> Vec<Peer> {
     let total: usize = kb.clusters.values().map(|c| c.nodes.len()).sum();
     let mut wanted: BTreeSet<u32> = BTreeSet::new();
     if total > FULL_MESH_NODES {
         wanted.extend(services.iter().flat_map(|s| &s.backends).map(|b| b.node));
-        let served: BTreeSet<&ServiceName> = kb
-            .slots
-            .iter()
-            .filter(|(_, b)| b.values().any(|b| b.cluster == *cluster && b.node == node))
-            .map(|(slot, _)| &slot.service)
-            .collect();
-        for service in served {
-            wanted.extend(
-                concerned(kb, service)
-                    .into_iter()
-                    .filter_map(|(cluster, node)| {
-                        Some(kb.clusters.get(&cluster)?.nodes.get(&node)?.number)
-                    }),
-            );
+        for service in index.on(cluster, node) {
+            let callers = index.concerned(kb, service).into_iter();
+            wanted.extend(callers.filter_map(|(cluster, node)| {
+                Some(kb.clusters.get(&cluster)?.nodes.get(&node)?.number)
+            }));
         }
         wanted.extend(kb.clusters.values().filter_map(|cluster| {
             let mut nodes = cluster.nodes.values();

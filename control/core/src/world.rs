@@ -10,16 +10,17 @@ use std::{
 };
 
 use crate::{
-    assignment::{self, Want},
+    assignment::{self, Assignment, Want},
     base::{BindingState, KnowledgeBase, Mesh},
     command::{Applied, Batch, Command, Outcome, Refusal},
     goal,
+    index::Changed,
     name::{Name, ServiceName, Slot},
     plan::{Inputs, plan},
     report::{
         ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
     },
-    table::{self, BackendState},
+    table::{self, BackendState, NodeTable, Revision},
 };
 
 /// One application with three services in a row; `CLIENT` pins its caller to the edge.
@@ -127,6 +128,48 @@ pub(crate) struct World {
     /// Whether nodes acknowledge their tables.
     pub(crate) acknowledge: bool,
     vips: BTreeMap<IpAddr, (ServiceName, u64)>,
+    streams: Streams,
+}
+
+/// What is known by who looks only at what may have changed.
+#[derive(Default)]
+struct Streams {
+    seen: BTreeMap<Name, u64>,
+    orders: BTreeMap<Name, Vec<Assignment>>,
+    tables: BTreeMap<(Name, String), NodeTable>,
+}
+
+impl Streams {
+    /// Looks at what may have changed, and asserts that it is then as if it had looked at everything.
+    fn check(&mut self, kb: &KnowledgeBase) {
+        kb.lookup.check(kb);
+        for (name, cluster) in &kb.clusters {
+            let seen = self.seen.insert(name.clone(), kb.index);
+            let orders = assignment::project(kb, name);
+            if seen.is_none_or(|seen| kb.orders_changed(name, seen)) {
+                self.orders.insert(name.clone(), orders);
+            } else {
+                assert_eq!(self.orders[name], orders, "orders of {name}");
+            }
+            let changed = seen.map_or(Changed::All, |seen| kb.tables_changed(name, seen));
+            for node in cluster.nodes.keys() {
+                let Some(mut table) = table::project(kb, name, node) else {
+                    continue;
+                };
+                table.revision = Revision::default();
+                let key = (name.clone(), node.clone());
+                let may_differ = match &changed {
+                    Changed::All => true,
+                    Changed::Nodes(nodes) => nodes.contains(node),
+                };
+                if may_differ {
+                    self.tables.insert(key, table);
+                } else {
+                    assert_eq!(self.tables[&key], table, "table of {name}/{node}");
+                }
+            }
+        }
+    }
 }
 
 impl World {
@@ -156,6 +199,7 @@ impl World {
             flows: 0,
             acknowledge: true,
             vips: BTreeMap::new(),
+            streams: Streams::default(),
         };
         assert_eq!(world.one(Command::InitMesh(mesh())), Ok(Applied::Changed));
         world
@@ -240,6 +284,7 @@ impl World {
         assert_eq!(self.kb, self.replica, "I1");
         check_one_live_binding(&self.kb);
         self.check_vips();
+        self.streams.check(&self.kb);
         outcomes
     }
 
@@ -323,7 +368,7 @@ impl World {
             let id = assignment.id.clone();
             match &assignment.want {
                 Want::Stop => {
-                    let before = |a: &assignment::Assignment| a.want == Want::Stop;
+                    let before = |a: &Assignment| a.want == Want::Stop;
                     assert!(assignments[..i].iter().all(before), "stops come first");
                     agent.running.remove(&id);
                     agent.refused.remove(&id);

@@ -35,7 +35,10 @@ impl Replica {
 
     /// Changes the Knowledge Base; the readers hear of it by [`Replica::advance`].
     pub(crate) fn write<R>(&self, write: impl FnOnce(&mut KnowledgeBase) -> R) -> R {
-        write(&mut self.base.write().unwrap_or_else(PoisonError::into_inner))
+        let mut base = self.base.write().unwrap_or_else(PoisonError::into_inner);
+        let written = write(&mut base);
+        base.settle();
+        written
     }
 
     /// Tells the readers that the log is applied up to `index`.

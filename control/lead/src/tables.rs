@@ -1,5 +1,7 @@
 //! What a cluster is sent: its assignments and its nodes' tables, as far as they changed.
 //!
+//! Only what the Knowledge Base says may have changed since the stream looked last is looked at.
+//!
 //! control-core's table mirrors `netmanager_api`'s; here the one becomes the other. A table that shows the same
 //! as the one before is not sent again, except while a migration waits for its nodes to acknowledge a newer
 //! revision.
@@ -11,6 +13,7 @@ use control_core::{
     assignment,
     base::KnowledgeBase,
     goal::Protocol,
+    index::Changed,
     migration::State,
     name::Name,
     table::{self, NodeTable},
@@ -25,7 +28,8 @@ pub(crate) struct Sent {
     assignments: Option<Assignments>,
     revoked: Concerning,
     tables: BTreeMap<String, wire::Table>,
-    seen: Option<(table::Revision, usize)>,
+    /// The entry up to which everything was looked at.
+    seen: Option<u64>,
 }
 
 impl Sent {
@@ -41,21 +45,28 @@ impl Sent {
 
 /// What is new for `cluster` since `sent`; `sent` is brought up to date.
 pub(crate) fn news(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Vec<ToAgent> {
-    let assignments = new_assignments(base, cluster, sent).map(ToAgent::Assignments);
-    let tables = new_tables(base, cluster, sent);
+    let seen = sent.seen.replace(base.index);
+    let assignments = new_assignments(base, cluster, sent, seen).map(ToAgent::Assignments);
+    let tables = new_tables(base, cluster, sent, seen);
     let tables = (!tables.is_empty()).then_some(ToAgent::Tables(tables));
     // The tables first: an instance that starts finds its node's services known.
     tables.into_iter().chain(assignments).collect()
 }
 
-fn new_assignments(base: &KnowledgeBase, cluster: &Name, sent: &mut Sent) -> Option<Assignments> {
-    let list = assignment::project(base, cluster);
+fn new_assignments(
+    base: &KnowledgeBase,
+    cluster: &Name,
+    sent: &mut Sent,
+    seen: Option<u64>,
+) -> Option<Assignments> {
+    let may_differ = seen.is_none_or(|seen| base.orders_changed(cluster, seen));
     let revoked = sent.revoked.look(base, cluster);
-    if sent
-        .assignments
-        .as_ref()
-        .is_some_and(|last| (&last.list, &last.revoked) == (&list, revoked))
-    {
+    let last = sent.assignments.as_ref();
+    if !may_differ && last.is_some_and(|last| last.revoked == *revoked) {
+        return None;
+    }
+    let list = assignment::project(base, cluster);
+    if last.is_some_and(|last| (&last.list, &last.revoked) == (&list, revoked)) {
         return None;
     }
     let incarnation = base.mesh.as_ref().map_or(0, |mesh| mesh.incarnation);
@@ -72,34 +83,36 @@ fn new_tables(
     base: &KnowledgeBase,
     cluster: &Name,
     sent: &mut Sent,
+    seen: Option<u64>,
 ) -> BTreeMap<String, wire::Table> {
+    let changed = seen.map_or(Changed::All, |seen| base.tables_changed(cluster, seen));
     let nodes = base.clusters.get(cluster).map(|it| &it.nodes);
-    let seen = (base.revision(), nodes.map_or(0, BTreeMap::len));
-    if sent.seen == Some(seen) {
+    let looked_at: Vec<&String> = match &changed {
+        Changed::All => {
+            let is_there = |node: &str| nodes.is_some_and(|nodes| nodes.contains_key(node));
+            sent.tables.retain(|node, _| is_there(node));
+            nodes.into_iter().flat_map(BTreeMap::keys).collect()
+        }
+        Changed::Nodes(nodes) => nodes.iter().collect(),
+    };
+    if looked_at.is_empty() {
         return BTreeMap::new();
     }
-    sent.seen = Some(seen);
     let awaited = awaited_revision(base);
-    let tables: BTreeMap<_, _> = nodes
-        .into_iter()
-        .flat_map(BTreeMap::keys)
-        .filter_map(|node| {
-            let table = to_wire(table::project(base, cluster, node)?);
-            Some((node.clone(), table))
-        })
-        .collect();
-    let is_new = |node: &str, table: &wire::Table| {
-        sent.tables
+    let mut new = BTreeMap::new();
+    for node in looked_at {
+        let Some(table) = table::project(base, cluster, node).map(to_wire) else {
+            continue;
+        };
+        let is_new = sent
+            .tables
             .get(node)
-            .is_none_or(|last| differs(last, table) || Some(last.revision) < awaited)
-    };
-    let new: BTreeMap<_, _> = tables
-        .iter()
-        .filter(|(node, table)| is_new(node, table))
-        .map(|(node, table)| (node.clone(), table.clone()))
-        .collect();
-    sent.tables.retain(|node, _| tables.contains_key(node));
-    sent.tables.extend(new.clone());
+            .is_none_or(|last| differs(last, &table) || Some(last.revision) < awaited);
+        if is_new {
+            sent.tables.insert(node.clone(), table.clone());
+            new.insert(node.clone(), table);
+        }
+    }
     new
 }
 
@@ -209,9 +222,11 @@ pub(crate) mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use control_core::{
-        base::Mesh,
+        base::{Binding, Mesh},
         command::{Batch, Command},
-        report::{ClusterFacts, NodeReport, Report, Tier},
+        name::Slot,
+        plan::Inputs,
+        report::{ClusterFacts, EndpointFact, InstanceReport, NodeReport, Phase, Report, Tier},
     };
 
     use super::*;
@@ -296,6 +311,77 @@ pub(crate) mod tests {
             _ => None,
         });
         tables.unwrap_or_default()
+    }
+
+    /// An application of two services, of which one calls the other, both bound in the cluster and ready on its nodes.
+    fn run_shop(base: &mut KnowledgeBase, nodes: &[&str]) {
+        let goal = "\
+apiVersion: weft.dev/v1alpha1
+kind: MeshApplication
+metadata: { name: shop }
+spec:
+  services:
+    - { name: front, image: front }
+    - { name: stock, image: stock, ports: [{ name: http, port: 80 }] }
+  links: [{ from: front, to: stock }]
+";
+        for goal in control_core::goal::parse(goal).unwrap() {
+            apply(base, Command::Apply(Box::new(goal)));
+        }
+        let now_ms = base.log_time_ms;
+        for command in control_core::plan::plan(base, &Inputs::default(), now_ms) {
+            apply(base, command);
+        }
+        say(base, nodes, 2);
+    }
+
+    /// The cluster reports every instance at endpoint `endpoint` of a node of its own.
+    fn say(base: &mut KnowledgeBase, nodes: &[&str], endpoint: u16) {
+        let slots: Vec<_> = base.slots.iter().collect();
+        let instance = |(at, (slot, bindings)): (usize, &(&Slot, &BTreeMap<u64, Binding>))| {
+            let node = nodes[at % nodes.len()];
+            let number = base.clusters[&edge()].nodes[node].number;
+            InstanceReport {
+                id: slot.at(*bindings.keys().next().unwrap()),
+                node: node.to_owned(),
+                phase: Phase::Ready,
+                endpoint: Some(EndpointFact {
+                    addr6: format!("fd00:1:2:0:0:{number:x}:0:{endpoint:x}")
+                        .parse()
+                        .unwrap(),
+                    addr4: None,
+                }),
+                reason: String::new(),
+            }
+        };
+        let report = Report {
+            nodes: base.clusters[&edge()]
+                .nodes
+                .iter()
+                .map(|(name, node)| (name.clone(), node.report.clone()))
+                .collect(),
+            instances: slots.iter().enumerate().map(instance).collect(),
+        };
+        let command = Command::Report {
+            cluster: edge(),
+            session: 1,
+            report: Box::new(report),
+        };
+        apply(base, command);
+    }
+
+    #[test]
+    fn an_endpoint_s_change_is_told_to_the_caller_s_node_alone_and_orders_nothing() {
+        let (mut base, mut sent) = (base(), Sent::default());
+        let nodes = ["n1", "n2", "n3"];
+        report(&mut base, &nodes, 100);
+        run_shop(&mut base, &nodes);
+        news(&base, &edge(), &mut sent);
+        say(&mut base, &nodes, 3);
+        let told = news(&base, &edge(), &mut sent);
+        assert_eq!(tables(&told), ["n1"], "{told:?}");
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert_eq!(news(&base, &edge(), &mut sent), []);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     command::{Applied, Outcome, Refusal},
+    index::Touch,
     name::{Name, Slot},
     report::{ClusterFacts, InstanceId, InstanceReport, NodeReport, Phase, Report},
 };
@@ -108,7 +109,7 @@ impl KnowledgeBase {
         }
         self.mesh = Some(mesh.clone());
         self.next_epoch = self.next_epoch.max(1);
-        self.touch_tables();
+        self.touch_everything();
         Ok(Applied::Changed)
     }
 
@@ -321,6 +322,7 @@ impl KnowledgeBase {
             && let Some(owed) = self.owed_stops.get_mut(cluster)
         {
             owed.remove(id);
+            self.lookup.touch_cluster(cluster);
             if owed.is_empty() {
                 self.owed_stops.remove(cluster);
             }
@@ -365,7 +367,7 @@ impl KnowledgeBase {
             service.refused_by.insert(cluster.clone(), refused);
         }
         if changed {
-            self.touch_tables();
+            self.touch_service(&slot.service, Touch::Backends);
         }
     }
 
@@ -389,21 +391,31 @@ impl KnowledgeBase {
     fn forget_unreported(&mut self, cluster: &Name, reported: &[InstanceReport]) {
         let reported: BTreeSet<&InstanceId> = reported.iter().map(|report| &report.id).collect();
         let now = self.log_time_ms;
-        let mut touched = false;
-        for (slot, bindings) in &mut self.slots {
-            for (epoch, binding) in bindings {
-                let known = matches!(binding.phase, Phase::Ready | Phase::NotReady);
-                if binding.cluster == *cluster && known && !reported.contains(&slot.at(*epoch)) {
-                    binding.phase = Phase::Starting;
-                    binding.phase_since_ms = now;
-                    binding.node.clear();
-                    binding.endpoint = None;
-                    touched = true;
+        self.settle();
+        let within = self.lookup.within(cluster);
+        let mut touched = Vec::new();
+        for service in within {
+            let mut is_touched = false;
+            let slots = service.slot(0)..=service.slot(u32::MAX);
+            for (slot, bindings) in self.slots.range_mut(slots) {
+                for (epoch, binding) in bindings {
+                    let known = matches!(binding.phase, Phase::Ready | Phase::NotReady);
+                    if binding.cluster == *cluster && known && !reported.contains(&slot.at(*epoch))
+                    {
+                        binding.phase = Phase::Starting;
+                        binding.phase_since_ms = now;
+                        binding.node.clear();
+                        binding.endpoint = None;
+                        is_touched = true;
+                    }
                 }
             }
+            if is_touched {
+                touched.push(service.clone());
+            }
         }
-        if touched {
-            self.touch_tables();
+        for service in touched {
+            self.touch_service(&service, Touch::Backends);
         }
     }
 
@@ -464,7 +476,7 @@ impl KnowledgeBase {
             }
         }
         self.owed_stops.remove(name);
-        self.touch_tables();
+        self.touch_everything();
         Ok(Applied::Changed)
     }
 

@@ -13,6 +13,7 @@
 use super::{Binding, BindingState, Cluster, ClusterState, KnowledgeBase, LAST, REST_MS};
 use crate::{
     command::{Applied, Outcome, Refusal},
+    index::Touch,
     name::{Name, Slot},
     report::{InstanceReport, Phase},
 };
@@ -33,7 +34,7 @@ impl KnowledgeBase {
         self.next_epoch = self.next_epoch.saturating_add(EPOCHS).min(LAST);
         self.numbers.last_node = self.numbers.last_node.saturating_add(NODES);
         self.adopt_until_ms = self.log_time_ms.saturating_add(ADOPT_MS);
-        self.touch_tables();
+        self.touch_everything();
     }
 
     pub(super) fn restore(&mut self, backup: &Self) -> Outcome {
@@ -180,7 +181,7 @@ impl KnowledgeBase {
         };
         let bindings = self.slots.entry(slot.clone()).or_default();
         bindings.insert(report.id.epoch, binding);
-        self.touch_tables();
+        self.touch_service(&slot.service, Touch::Bindings);
         true
     }
 }

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     command::{Applied, Outcome, Refusal},
     goal::{self, Application, PolicyName},
+    index::Touch,
     name::{AppName, ServiceName, Slot},
 };
 
@@ -52,7 +53,7 @@ impl KnowledgeBase {
         };
         self.applications.insert(spec.name.clone(), state);
         self.scale_down(spec);
-        self.touch_tables();
+        self.touch_application(&spec.name);
         Ok(Applied::Generation(generation))
     }
 
@@ -63,7 +64,7 @@ impl KnowledgeBase {
         for service in services_of(&state) {
             self.end_service(&service);
         }
-        self.touch_tables();
+        self.touch_application(name);
         Ok(Applied::Changed)
     }
 
@@ -177,6 +178,7 @@ impl KnowledgeBase {
         let Some(service) = self.services.remove(name) else {
             return;
         };
+        self.touch_service(name, Touch::Bindings);
         let rest = self.rest_of(name);
         self.numbers
             .services6
@@ -216,6 +218,7 @@ impl KnowledgeBase {
                 match binding {
                     Some(binding) if binding.state == BindingState::Active => {
                         binding.state = BindingState::Draining { deadline_ms };
+                        self.touch_service(&slot.service, Touch::Bindings);
                         if self.unreachable(&slot, epoch) {
                             self.stop_binding(&slot, epoch);
                         }

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     command::{Applied, Bind, Outcome, Reason, Refusal, StartMigration},
     goal::Writers,
+    index::Touch,
     migration::{self, Action, At, Event, Migration, State},
     name::{Name, Slot},
     placement::{Held, View},
@@ -18,6 +19,7 @@ use crate::{
 
 impl KnowledgeBase {
     pub(super) fn bind(&mut self, bind: &Bind) -> Outcome {
+        self.settle();
         let slot = &bind.slot;
         self.wanted(slot, bind.generation)?;
         self.session(&bind.cluster, bind.session)?;
@@ -81,6 +83,7 @@ impl KnowledgeBase {
     }
 
     pub(super) fn start_migration(&mut self, start: &StartMigration) -> Outcome {
+        self.settle();
         let slot = &start.slot;
         self.wanted(slot, start.generation)?;
         self.session(&start.to, start.session)?;
@@ -367,12 +370,14 @@ impl KnowledgeBase {
             .entry(slot.clone())
             .or_default()
             .insert(epoch, binding);
+        // No table shows it before it has an endpoint.
+        self.lookup.touch_service(&slot.service, Touch::Bindings);
     }
 
     fn set_state(&mut self, slot: &Slot, epoch: u64, state: BindingState) {
         if let Some(binding) = self.slots.get_mut(slot).and_then(|b| b.get_mut(&epoch)) {
             binding.state = state;
-            self.touch_tables();
+            self.touch_service(&slot.service, Touch::Bindings);
         }
     }
 
@@ -407,7 +412,7 @@ impl KnowledgeBase {
                 self.slots.remove(slot);
             }
         }
-        self.touch_tables();
+        self.touch_service(&slot.service, Touch::Bindings);
     }
 
     pub(super) fn owe_stop(&mut self, cluster: &Name, id: InstanceId) {
@@ -416,6 +421,7 @@ impl KnowledgeBase {
                 .entry(cluster.clone())
                 .or_default()
                 .insert(id);
+            self.lookup.touch_cluster(cluster);
         }
     }
 
