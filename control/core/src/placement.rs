@@ -25,6 +25,12 @@ mod search;
 mod tests;
 mod view;
 
+/// So many clusters that lost are all named in a decision. Of more only the [`NEAREST`] are: a decision is kept for every
+/// slot, and each names what grows with the mesh.
+const FEW: usize = 16;
+/// How many are named of more than [`FEW`]: those that may run the slot and came next.
+const NEAREST: usize = 3;
+
 /// The terms of the objective, each already weighted, micro-EUR per hour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Parts {
@@ -56,7 +62,7 @@ pub struct Decision {
     pub cluster: Name,
     /// Its parts of the objective.
     pub parts: Parts,
-    /// Every other cluster, and why it lost.
+    /// Every other cluster, and why it lost; in a mesh of many clusters those that came next.
     pub others: BTreeMap<Name, Lost>,
     /// The objective of the whole application, micro-EUR per hour.
     pub objective: u64,
@@ -128,4 +134,19 @@ pub fn explain(kb: &KnowledgeBase, service: &ServiceName, now_ms: u64) -> Vec<Ex
             slot,
         })
         .collect()
+}
+
+/// What a decision says of the clusters that lost: all of them, as long as they are few.
+fn nearest(others: BTreeMap<Name, Lost>) -> BTreeMap<Name, Lost> {
+    if others.len() <= FEW {
+        return others;
+    }
+    let dearer = others.into_iter().filter_map(|(name, lost)| match lost {
+        Lost::Dearer { by, .. } => Some((by, name, lost)),
+        Lost::Refused(_) => None,
+    });
+    let mut dearer: Vec<_> = dearer.collect();
+    dearer.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    let nearest = dearer.into_iter().take(NEAREST);
+    nearest.map(|(_, name, lost)| (name, lost)).collect()
 }

@@ -60,14 +60,15 @@ pub fn plan(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Command> {
     let now_ms = now_ms.max(kb.log_time_ms).min(LAST);
     let mut commands = advance(kb, inputs, now_ms);
     commands.extend(end_drains(kb, now_ms));
-    // One view for all applications, so that what one is given is not promised to the next.
-    let mut view = View::new(kb, now_ms);
+    // One view for all applications, so that what one is given is not promised to the next; none while all are at
+    // rest, because it takes longer to make than to see that.
+    let mut view = None;
     for (app, state) in &kb.applications {
-        commands.extend(place_application(
-            &mut view,
-            (kb, inputs, now_ms),
-            (app, state),
-        ));
+        let wants = wants((kb, inputs, now_ms), (app, state));
+        if !wants.is_at_rest() {
+            let view = view.get_or_insert_with(|| View::new(kb, now_ms));
+            commands.extend(place_application(view, (kb, inputs), (app, state), wants));
+        }
     }
     commands
 }
@@ -141,11 +142,26 @@ fn stops_when_asked(kb: &KnowledgeBase, binding: &Binding) -> bool {
     !kb.is_lost(&binding.cluster) && (binding.node.is_empty() || answers)
 }
 
-fn place_application(
-    view: &mut View<'_>,
+/// What an application's slots ask for.
+#[derive(Default)]
+struct Wants {
+    task: Task,
+    /// Slots that run an old version.
+    outdated: Vec<Slot>,
+    /// How many are on their way.
+    moving: usize,
+}
+
+impl Wants {
+    fn is_at_rest(&self) -> bool {
+        self.task.pending.is_empty() && self.task.movable.is_empty() && self.outdated.is_empty()
+    }
+}
+
+fn wants(
     (kb, inputs, now_ms): (&KnowledgeBase, &Inputs, u64),
     (app, state): (&AppName, &AppState),
-) -> Vec<Command> {
+) -> Wants {
     let mut task = Task::default();
     let mut outdated = Vec::new();
     let mut moving = 0;
@@ -194,6 +210,25 @@ fn place_application(
     if moving >= inputs.moves {
         task.movable.clear();
     }
+    Wants {
+        task,
+        outdated,
+        moving,
+    }
+}
+
+fn place_application(
+    view: &mut View<'_>,
+    (kb, inputs): (&KnowledgeBase, &Inputs),
+    (app, state): (&AppName, &AppState),
+    wants: Wants,
+) -> Vec<Command> {
+    let Wants {
+        task,
+        outdated,
+        moving,
+    } = wants;
+    let now_ms = view.now_ms();
     let answer = if task.pending.is_empty() && task.movable.is_empty() {
         Answer::default()
     } else {

@@ -16,6 +16,7 @@ use crate::{
     goal,
     index::Changed,
     name::{Name, ServiceName, Slot},
+    placement::{Held, View},
     plan::{Inputs, plan},
     report::{
         ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
@@ -273,6 +274,9 @@ impl World {
             log_time_ms: self.now_ms,
             commands,
         };
+        for command in &batch.commands {
+            self.check_view(command);
+        }
         let outcomes = self.kb.apply(self.index, &batch);
         let text = serde_json::to_string(&batch).unwrap();
         let logged: Batch = serde_json::from_str(&text).unwrap();
@@ -286,6 +290,19 @@ impl World {
         self.check_vips();
         self.streams.check(&self.kb);
         outcomes
+    }
+
+    /// What is looked at for one slot in one cluster says the same as what is looked at for all.
+    fn check_view(&self, command: &Command) {
+        let (slot, cluster) = match command {
+            Command::Bind(bind) => (&bind.slot, &bind.cluster),
+            Command::StartMigration(start) => (&start.slot, &start.to),
+            _ => return,
+        };
+        let refusals = |view: View<'_>| view.refusals(slot, cluster, Held::New);
+        let whole = refusals(View::new(&self.kb, self.now_ms));
+        let around = View::around(&self.kb, self.now_ms, slot, cluster);
+        assert_eq!(refusals(around), whole, "{slot} in {cluster}");
     }
 
     /// I2: an address names another service only after its rest.

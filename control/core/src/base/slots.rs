@@ -287,7 +287,11 @@ impl KnowledgeBase {
                     _ => Some(until(&binding.cluster)),
                 }
             });
-        let service = slot.service.to_string();
+        let service = if wanted {
+            slot.service.to_string()
+        } else {
+            String::new()
+        };
         let owed = self
             .owed_stops
             .iter()
@@ -334,7 +338,8 @@ impl KnowledgeBase {
     }
 
     fn eligible(&self, slot: &Slot, cluster: &Name) -> Result<(), Refusal> {
-        let reasons = View::new(self, self.log_time_ms).refusals(slot, cluster, Held::New);
+        let view = View::around(self, self.log_time_ms, slot, cluster);
+        let reasons = view.refusals(slot, cluster, Held::New);
         if reasons.is_empty() {
             return Ok(());
         }

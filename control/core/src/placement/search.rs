@@ -113,7 +113,10 @@ fn search<'a>(view: &View<'a>, app: &AppName, task: &Task) -> Try<'a> {
     let slots: BTreeSet<&Slot> = task.pending.iter().chain(&task.movable).collect();
     let down = order(view, app, &slots);
     let up: Vec<&Slot> = down.iter().rev().copied().collect();
-    let clusters: Vec<&Name> = view.kb.clusters.keys().take(STARTS).collect();
+    // Where none of them may ever go all cannot go either: that start would be the first one again.
+    let is_place = |name: &&Name| slots.iter().any(|slot| view.is_right(slot, name));
+    let clusters = view.kb.clusters.keys().take(STARTS).filter(is_place);
+    let clusters: Vec<&Name> = clusters.collect();
     let mut starts: Vec<(&[&Slot], Option<&Name>)> = vec![(&down, None), (&up, None)];
     starts.extend(
         clusters
@@ -202,6 +205,10 @@ fn finish<'a>(
             let before = view.at(slot).cloned();
             view.unplace(slot);
             let best = view.best(slot, task, None);
+            if let Some(same) = best.as_ref().filter(|best| before.as_ref() == Some(best)) {
+                view.place(slot, same);
+                continue;
+            }
             // It stays where that is allowed and no dearer than the best.
             let before_cost = before
                 .as_ref()
@@ -334,9 +341,21 @@ impl View<'_> {
         }
     }
 
+    /// Whether the cluster is of the right kind, whatever else runs there.
+    fn is_right(&self, slot: &Slot, name: &Name) -> bool {
+        let mut reasons = Vec::new();
+        if let Some(goal) = self.goal(slot) {
+            self.constraints(goal, name, &mut reasons);
+        }
+        reasons.is_empty()
+    }
+
     fn allows(&self, slot: &Slot, name: &Name, task: &Task) -> bool {
         let held = self.held(slot, name);
-        task.avoid.get(slot) != Some(name) && self.refusals(slot, name, held).is_empty()
+        // In a large mesh most clusters are of the wrong kind: that is seen without counting their nodes.
+        task.avoid.get(slot) != Some(name)
+            && self.is_right(slot, name)
+            && self.refusals(slot, name, held).is_empty()
     }
 
     /// Whether the slot meets its constraints where it is bound.
@@ -377,12 +396,17 @@ impl View<'_> {
             return Some(prefer.clone());
         }
         let kb = self.kb;
-        kb.clusters
-            .keys()
-            .filter_map(|name| {
-                let allowed = self.allows(slot, name, task);
-                allowed.then(|| (self.cost(slot, name, task), name))
-            })
+        let allowed = kb.clusters.keys();
+        let allowed: Vec<&Name> = allowed
+            .filter(|name| self.allows(slot, name, task))
+            .collect();
+        // What the links cost takes long to sum up, and decides nothing where there is no choice.
+        if let [only] = allowed[..] {
+            return Some(only.clone());
+        }
+        let costs = allowed.into_iter();
+        costs
+            .map(|name| (self.cost(slot, name, task), name))
             .min()
             .map(|(_, name)| name.clone())
     }
@@ -405,7 +429,7 @@ impl View<'_> {
                 (name, lost)
             })
             .collect();
-        (here, others)
+        (here, super::nearest(others))
     }
 
     /// What each cluster would mean for the slot, everything else being where it is.

@@ -216,3 +216,23 @@ fn placed(world: &World) -> BTreeMap<Slot, Vec<Name>> {
         })
         .collect()
 }
+
+#[test]
+fn of_many_clusters_that_lost_those_are_named_that_came_next() {
+    let others = |count: u64| -> BTreeMap<Name, Lost> {
+        let lost = |number| match number % 2 {
+            0 => Lost::Refused(vec!["tier: needs cloud, is edge".to_owned()]),
+            _ => Lost::Dearer {
+                parts: Parts::default(),
+                by: 1_000 - number,
+            },
+        };
+        let name = |number| format!("c{number:03}").parse().unwrap();
+        (0..count)
+            .map(|number| (name(number), lost(number)))
+            .collect()
+    };
+    assert_eq!(nearest(others(16)), others(16));
+    let named: Vec<String> = nearest(others(100)).keys().map(Name::to_string).collect();
+    assert_eq!(named, ["c095", "c097", "c099"]);
+}
