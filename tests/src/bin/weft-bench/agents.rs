@@ -67,7 +67,7 @@ const FILLED: &str = "filled";
 /// Goal files that are sent at once.
 const WRITERS: usize = 16;
 /// How long one of them may wait for its turn.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Between two looks at how far the agents are.
 const LOOK: Duration = Duration::from_millis(250);
 /// Between two lines about it.
