@@ -6,6 +6,7 @@
 mod authority;
 mod backup;
 mod client;
+mod clusters;
 mod daemon;
 mod flows;
 mod leads;
@@ -50,6 +51,9 @@ enum Command {
     Audit(security::Audit),
     /// Runs a lead, or changes who the leads are.
     Lead(Box<leads::Lead>),
+    /// Lists the clusters, empties one, or takes it out of the mesh.
+    #[command(subcommand)]
+    Cluster(clusters::Clusters),
     /// Runs a cluster's agent.
     Agent(weft_agent::Args),
     /// Applies a goal file.
@@ -107,6 +111,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Token(token) => token.run(),
         Command::Audit(audit) => audit.run(),
         Command::Lead(lead) => lead.run(),
+        Command::Cluster(cluster) => cluster.run(),
         Command::Agent(args) => daemon::runtime()?.block_on(async {
             weft_agent::run(args).await?;
             Ok(())

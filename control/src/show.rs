@@ -173,9 +173,13 @@ impl Rows for Cluster {
     ];
 
     fn row(&self) -> Vec<String> {
+        let state = match self.drained_since_ms {
+            Some(_) => format!("{}, drained", self.state),
+            None => self.state.clone(),
+        };
         vec![
             self.name.clone(),
-            self.state.clone(),
+            state,
             format!("{:?}", self.tier).to_lowercase(),
             self.region.clone(),
             format!("{}/{}", self.ready, self.nodes),

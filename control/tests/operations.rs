@@ -1,7 +1,7 @@
 //! `docs/operations.md` as it stands: every command in it, in its order, on leads that are processes.
 //!
-//! Addresses of the document become ports of the loopback. A command that runs a lead is a process of its own; the others
-//! must succeed. What a person would do without a command stands in comments of the document:
+//! Addresses of the document become ports of the loopback. A command that runs a lead or an agent is a process of its own;
+//! the others must succeed. What a person would do without a command stands in comments of the document:
 //!
 //! | comment | does |
 //! |---|---|
@@ -33,6 +33,20 @@ apiVersion: weft.dev/v1alpha1
 kind: MeshApplication
 metadata: { name: shop }
 spec: { services: [{ name: web, command: [/bin/true] }] }
+";
+
+/// A cluster in which nothing can run: its only node never comes.
+const AGENT: &str = "
+cluster: edge
+facts:
+  tier: edge
+  region: de
+  cpu_price_ueur_h: 30000
+  memory_price_ueur_h: 4000
+  egress_price_ueur_gib: 0
+  cpu_power_mw: 4000
+  carbon_g_kwh: 300
+driver: { local: { run_dir: run-edge, cni_plugin: /bin/true, nodes: [{ name: n1, cni_socket: n1.sock, cpu: 1, memory: 1Gi }] } }
 ";
 
 /// One thing to do.
@@ -79,6 +93,13 @@ fn directive(comment: &str) -> Step {
     }
 }
 
+/// Whom a command runs: the lead, or the agent by its configuration's name.
+fn daemon(line: &str) -> Option<&str> {
+    let lead = line.strip_prefix("weft lead --name ");
+    let name = lead.or(line.strip_prefix("weft agent --config "))?;
+    name.split([' ', '.']).next()
+}
+
 /// Whether the leads refused it for now, and did nothing: a person asks again.
 fn is_early(output: &Output) -> bool {
     let error = String::from_utf8_lossy(&output.stderr);
@@ -99,7 +120,9 @@ struct Stage {
 impl Stage {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("app.yaml"), GOAL).unwrap();
+        for (name, text) in [("app.yaml", GOAL), ("edge.yaml", AGENT)] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
         // Held together, so that the system gives different ports.
         let held: Vec<_> = (1..=4)
             .map(|number| (number, TcpListener::bind("127.0.0.1:0").unwrap()))
@@ -141,7 +164,7 @@ impl Stage {
             }
             Step::Start(name) => {
                 let line = self.started[&name].clone();
-                self.lead(&name, &line);
+                self.start(&name, &line);
             }
             Step::Lose(name) => {
                 std::fs::remove_dir_all(self.dir.path().join(format!("data-{name}"))).unwrap();
@@ -164,10 +187,9 @@ impl Stage {
                 let (name, value) = pair.split_once('=').unwrap();
                 self.environment.insert(name.to_owned(), self.local(value));
             }
-        } else if let Some(rest) = line.strip_prefix("weft lead --name ") {
-            let name = rest.split(' ').next().unwrap();
+        } else if let Some(name) = daemon(line) {
             self.started.insert(name.to_owned(), line.to_owned());
-            self.lead(name, line);
+            self.start(name, line);
         } else {
             let must_fail = std::mem::take(&mut self.must_fail);
             let end = Instant::now() + LIMIT;
@@ -207,10 +229,10 @@ impl Stage {
         self.command(line).output().unwrap()
     }
 
-    fn lead(&mut self, name: &str, line: &str) {
+    fn start(&mut self, name: &str, line: &str) {
         let log = self.dir.path().join(format!("log-{name}"));
         let log = std::fs::File::options().append(true).create(true).open(log);
-        // The lead itself, so that it is the lead that is killed.
+        // The daemon itself, so that it is the daemon that is killed.
         let child = self
             .command(&format!("exec {line}"))
             .stdout(Stdio::null())

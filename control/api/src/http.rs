@@ -81,6 +81,15 @@ pub struct ApplyQuery {
     pub dry_run: bool,
 }
 
+/// How a cluster is forgotten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct ForgetQuery {
+    /// Although it has not said that all it ran has stopped: its machines are gone for good.
+    pub abandon: bool,
+}
+
 /// Things of one kind, and how fresh the answer is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct List<T> {
@@ -248,6 +257,9 @@ pub struct Cluster {
     pub state: String,
     /// Since when it is lost.
     pub lost_since_ms: Option<u64>,
+    /// Since when its operator wants it empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drained_since_ms: Option<u64>,
     /// Cloud, fog or edge.
     #[schema(value_type = String)]
     pub tier: Tier,

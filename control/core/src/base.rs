@@ -129,6 +129,9 @@ pub struct Cluster {
     pub without_ipv4: Option<String>,
     /// Log time of the last report in this session; 0 before the first.
     pub reported_ms: u64,
+    /// Log time since which its operator wants it empty: it gets nothing new, and what runs there moves away.
+    #[serde(default)]
+    pub drained_since_ms: Option<u64>,
     /// Its nodes by name.
     pub nodes: BTreeMap<String, Node>,
 }
@@ -311,7 +314,9 @@ impl KnowledgeBase {
                 report,
             } => self.report(cluster, *session, report),
             Command::Lost { cluster, session } => self.lost(cluster, *session),
-            Command::ForgetCluster { cluster } => self.forget_cluster(cluster),
+            Command::ForgetCluster { cluster, abandon } => self.forget_cluster(cluster, *abandon),
+            Command::DrainCluster { cluster } => self.drain_cluster(cluster, true),
+            Command::UndrainCluster { cluster } => self.drain_cluster(cluster, false),
             Command::Apply(application) => self.apply_application(application),
             Command::Delete { application } => self.delete_application(application),
             Command::Bind(bind) => self.bind(bind),

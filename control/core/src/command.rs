@@ -60,6 +60,19 @@ pub enum Command {
     ForgetCluster {
         /// The cluster.
         cluster: Name,
+        /// Although it has not said that all it ran has stopped.
+        #[serde(default)]
+        abandon: bool,
+    },
+    /// An operator wants a cluster empty.
+    DrainCluster {
+        /// The cluster.
+        cluster: Name,
+    },
+    /// A cluster is used again.
+    UndrainCluster {
+        /// The cluster.
+        cluster: Name,
     },
     /// A user applies a goal file.
     Apply(Box<Application>),
@@ -131,7 +144,9 @@ impl Command {
     #[must_use]
     pub fn what(&self) -> String {
         match self {
-            Self::ForgetCluster { cluster } => format!("forget cluster {cluster}"),
+            Self::ForgetCluster { cluster, .. } => format!("forget cluster {cluster}"),
+            Self::DrainCluster { cluster } => format!("drain cluster {cluster}"),
+            Self::UndrainCluster { cluster } => format!("use cluster {cluster} again"),
             Self::Apply(application) => format!("apply {}", application.name),
             Self::Delete { application } => format!("delete {application}"),
             Self::StartMigration(start) => format!("move {} to {}", start.slot, start.to),
@@ -161,9 +176,10 @@ impl Command {
 /// | level | adds |
 /// |---|---|
 /// | 0 | `InitMesh` to `Tick` |
-/// | 1 | `RaiseLevel`, `Once`, `Restore`, `DrainCluster` |
+/// | 1 | `RaiseLevel`, `Once`, `Restore` |
 /// | 2 | `Signed`, `CreateToken`, `RevokeToken`, `RevokeCertificate` |
-pub const LEVEL: u32 = 2;
+/// | 3 | `DrainCluster`, `UndrainCluster`, `ForgetCluster` that abandons |
+pub const LEVEL: u32 = 3;
 
 /// The decision that a slot runs in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -189,10 +189,9 @@ fn wants(
                             || binding.generation < state.generation;
                         let ready = binding.phase == Phase::Ready
                             && !just_rolled_back(kb, &slot, state, now_ms);
-                        if ready
-                            && binding.template.writers == Writers::Many
-                            && (rested || goal_is_newer)
-                        {
+                        let may =
+                            binding.template.writers == Writers::Many && (rested || goal_is_newer);
+                        if ready && (may || drained_since(kb, &binding.cluster).is_some()) {
                             task.movable.insert(slot);
                         }
                     }
@@ -303,11 +302,19 @@ fn place_application(
     commands
 }
 
-/// Whether the slot's last move came to nothing, and neither time nor its owner has changed anything since.
+/// Since when the operator of a cluster wants it empty.
+fn drained_since(kb: &KnowledgeBase, cluster: &Name) -> Option<u64> {
+    kb.clusters.get(cluster)?.drained_since_ms
+}
+
+/// Whether the slot's last move came to nothing, and neither time nor its owner, nor the operator of the cluster where
+/// it is, has changed anything since.
 fn just_rolled_back(kb: &KnowledgeBase, slot: &Slot, state: &AppState, now_ms: u64) -> bool {
+    let here = kb.live(slot).map(|(_, binding)| &binding.cluster);
+    let drained_ms = here.and_then(|here| drained_since(kb, here)).unwrap_or(0);
     kb.migrations.get(slot).is_some_and(|migration| {
         migration.state == State::RolledBack
-            && migration.state_since_ms >= state.changed_ms
+            && migration.state_since_ms >= state.changed_ms.max(drained_ms)
             && now_ms.saturating_sub(migration.state_since_ms) < COOL_DOWN_MS
     })
 }

@@ -1,6 +1,7 @@
 //! The control API's routes: parse, ask the lead, answer.
 
 mod backup;
+mod clusters;
 mod leads;
 mod security;
 mod show;
@@ -20,8 +21,7 @@ use axum::{
 };
 use control_api::http::{
     Application, AppliedApplication, ApplyQuery, ApplyResponse, ApplyResult, Binding, Changed,
-    Cluster, Explained, List, Migration, MigrationRequest, Node, Problem, ReadQuery, Service,
-    Status,
+    Explained, List, Migration, MigrationRequest, Node, Problem, ReadQuery, Service, Status,
 };
 use control_core::{
     base::KnowledgeBase,
@@ -110,7 +110,10 @@ fn all() -> Routes {
         .delete("/v1/applications/{namespace}/{name}", remove)
         .get("/v1/services", services)
         .get("/v1/bindings", bindings)
-        .get("/v1/clusters", clusters)
+        .get("/v1/clusters", clusters::list_all)
+        .delete("/v1/clusters/{name}", clusters::forget)
+        .post("/v1/clusters/{name}/drain", clusters::drain)
+        .delete("/v1/clusters/{name}/drain", clusters::undrain)
         .get("/v1/nodes", nodes)
         .get("/v1/migrations", migrations)
         .post("/v1/migrations", migrate)
@@ -163,7 +166,10 @@ pub(crate) fn listed() -> Vec<(String, &'static str)> {
         remove,
         services,
         bindings,
-        clusters,
+        clusters::list_all,
+        clusters::forget,
+        clusters::drain,
+        clusters::undrain,
         nodes,
         migrations,
         migrate,
@@ -276,13 +282,6 @@ async fn services(State(lead): Shared, query: Read) -> Answer<List<Service>> {
     responses((status = 200, body = List<Binding>), (status = 503, body = Problem)))]
 async fn bindings(State(lead): Shared, query: Read) -> Answer<List<Binding>> {
     list(&lead, query, show::bindings).await
-}
-
-/// The clusters.
-#[utoipa::path(get, path = "/v1/clusters", params(ReadQuery),
-    responses((status = 200, body = List<Cluster>), (status = 503, body = Problem)))]
-async fn clusters(State(lead): Shared, query: Read) -> Answer<List<Cluster>> {
-    list(&lead, query, show::clusters).await
 }
 
 /// The nodes of all clusters.

@@ -168,6 +168,7 @@ mod tests {
                 state: *state,
                 without_ipv4: None,
                 reported_ms: 0,
+                drained_since_ms: None,
                 nodes: BTreeMap::new(),
             };
             (format!("c{number}").parse().unwrap(), cluster)

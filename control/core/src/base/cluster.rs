@@ -128,6 +128,7 @@ impl KnowledgeBase {
         {
             return Ok(Applied::Unchanged);
         }
+        let drained_since_ms = known.and_then(|known| known.drained_since_ms);
         let mut nodes = known.map(|known| known.nodes.clone()).unwrap_or_default();
         if without_ipv4.is_some() {
             for node in nodes.values_mut() {
@@ -140,6 +141,7 @@ impl KnowledgeBase {
             state: ClusterState::Ready,
             without_ipv4,
             reported_ms: 0,
+            drained_since_ms,
             nodes,
         };
         self.clusters.insert(name.clone(), cluster);
@@ -448,7 +450,22 @@ impl KnowledgeBase {
         Ok(Applied::Changed)
     }
 
-    pub(super) fn forget_cluster(&mut self, name: &Name) -> Outcome {
+    pub(super) fn drain_cluster(&mut self, name: &Name, drain: bool) -> Outcome {
+        let now = self.log_time_ms;
+        let cluster = self
+            .clusters
+            .get_mut(name)
+            .ok_or_else(|| Refusal::UnknownCluster(name.clone()))?;
+        if cluster.drained_since_ms.is_some() == drain {
+            return Ok(Applied::Unchanged);
+        }
+        cluster.drained_since_ms = drain.then_some(now);
+        Ok(Applied::Changed)
+    }
+
+    /// Takes a lost cluster out. What it has not said to have stopped is in the way, unless it is `abandon`ed: should
+    /// the cluster come back all the same, what was placed elsewhere since is stopped there, and what was deleted runs on.
+    pub(super) fn forget_cluster(&mut self, name: &Name, abandon: bool) -> Outcome {
         let cluster = self
             .clusters
             .get(name)
@@ -459,15 +476,33 @@ impl KnowledgeBase {
                 problem,
             })
         };
-        if cluster.state == ClusterState::Ready {
+        let ClusterState::Lost { since_ms } = cluster.state else {
             return in_use("its agent is connected: stop the agent first".to_owned());
-        }
+        };
         if let Some((slot, _)) = self
             .bindings_where(|_, binding| binding.cluster == *name)
             .first()
         {
             return in_use(format!(
                 "{slot} is bound there: wait until it is placed elsewhere"
+            ));
+        }
+        if let Some(owed) = self.owed_stops.get(name).filter(|_| !abandon) {
+            let first = owed.first();
+            let first = first.map(|id| format!("{}/{}", id.service, id.instance));
+            return in_use(format!(
+                "it has not said that {} of its instances have stopped ({}): if its machines are gone for good, add \
+                 --abandon",
+                owed.len(),
+                first.unwrap_or_default()
+            ));
+        }
+        // Without it nobody would know for how long what ran there may still write.
+        let fenced_ms = since_ms + self.fence_margin_ms();
+        if self.owed_stops.contains_key(name) && fenced_ms > self.log_time_ms {
+            return in_use(format!(
+                "what ran there may write for another {} s: wait so long",
+                (fenced_ms - self.log_time_ms).div_ceil(1_000)
             ));
         }
         if let Some(cluster) = self.clusters.remove(name) {

@@ -249,6 +249,13 @@ impl KnowledgeBase {
             .is_none_or(|cluster| cluster.state != ClusterState::Ready)
     }
 
+    /// How long after its lease has ended a node may need to fence, milliseconds: a tenth of the lease, and the time to
+    /// stop.
+    pub(super) fn fence_margin_ms(&self) -> u64 {
+        let lease_ms = self.mesh.as_ref().map_or(0, |mesh| mesh.lease_ms);
+        lease_ms / 10 + STOP_GRACE_MS
+    }
+
     /// How long the copies of a slot with one writer may still run unseen, milliseconds from `now_ms`; 0 for
     /// other services. A cluster that was lost at `t` ended its lease by then; its node fences at the latest
     /// a tenth of the lease and the stop grace later (I7). What is still stopping in a cluster that can be
@@ -258,7 +265,7 @@ impl KnowledgeBase {
         let now_ms = now_ms.min(LAST);
         let one = |template: &super::Template| template.writers == Writers::One;
         let lease_ms = self.mesh.as_ref().map_or(0, |mesh| mesh.lease_ms);
-        let margin = lease_ms / 10 + STOP_GRACE_MS;
+        let margin = self.fence_margin_ms();
         let until = |cluster: &Name| match self.clusters.get(cluster).map(|c| c.state) {
             Some(ClusterState::Lost { since_ms }) => since_ms + margin,
             Some(ClusterState::Ready) => now_ms + margin,

@@ -276,20 +276,67 @@ fn a_cluster_is_forgotten_only_when_lost_and_empty() {
     let mut world = World::new();
     world.apply(SHOP).unwrap();
     world.settle();
-    let forget = Command::ForgetCluster {
+    let forget = |abandon| Command::ForgetCluster {
         cluster: name("cloud"),
+        abandon,
     };
-    let alive = world.refusal(forget.clone());
+    let alive = world.refusal(forget(true));
     assert!(
         alive.to_string().contains("its agent is connected"),
         "{alive}"
     );
     world.lose("cloud");
-    let busy = world.refusal(forget.clone());
+    let busy = world.refusal(forget(true));
     assert!(busy.to_string().contains("is bound there"), "{busy}");
     world.run(12);
-    assert_eq!(world.one(forget), Ok(Applied::Changed));
+    let owed = world.refusal(forget(false));
+    assert_eq!(
+        owed.to_string(),
+        "cluster cloud cannot be forgotten: it has not said that 3 of its instances have stopped \
+         (default/shop/front/0): if its machines are gone for good, add --abandon"
+    );
+    assert_eq!(world.one(forget(true)), Ok(Applied::Changed));
     assert!(world.kb.owed_stops.is_empty());
+}
+
+#[test]
+fn a_cluster_whose_writers_may_still_write_is_not_abandoned() {
+    let mut world = World::new();
+    world.apply(SHOP).unwrap();
+    world.settle();
+    world.lose("cloud");
+    let application = "default/shop".parse().unwrap();
+    world.one(Command::Delete { application }).unwrap();
+    let forget = Command::ForgetCluster {
+        cluster: name("cloud"),
+        abandon: true,
+    };
+    let early = world.refusal(forget.clone());
+    assert_eq!(
+        early.to_string(),
+        "cluster cloud cannot be forgotten: what ran there may write for another 6 s: wait so long"
+    );
+    world.run(6);
+    assert_eq!(world.one(forget), Ok(Applied::Changed));
+}
+
+#[test]
+fn a_drained_cluster_stays_so_when_its_agent_comes_back() {
+    let mut world = World::new();
+    let cluster = name("fog");
+    let drain = Command::DrainCluster {
+        cluster: cluster.clone(),
+    };
+    assert_eq!(world.one(drain.clone()), Ok(Applied::Changed));
+    let since = world.kb.clusters[&cluster].drained_since_ms;
+    assert!(since.is_some());
+    world.lose("fog");
+    world.register("fog");
+    assert_eq!(world.one(drain), Ok(Applied::Unchanged));
+    assert_eq!(world.kb.clusters[&cluster].drained_since_ms, since);
+    let undrain = Command::UndrainCluster { cluster };
+    assert_eq!(world.one(undrain.clone()), Ok(Applied::Changed));
+    assert_eq!(world.one(undrain), Ok(Applied::Unchanged));
 }
 
 #[test]
@@ -514,7 +561,10 @@ fn command() -> impl Strategy<Value = Command> {
             Command::Report { cluster, session, report }
         }),
         2 => (cluster(), session()).prop_map(|(cluster, session)| Command::Lost { cluster, session }),
-        1 => cluster().prop_map(|cluster| Command::ForgetCluster { cluster }),
+        1 => (cluster(), any::<bool>())
+            .prop_map(|(cluster, abandon)| Command::ForgetCluster { cluster, abandon }),
+        1 => cluster().prop_map(|cluster| Command::DrainCluster { cluster }),
+        1 => cluster().prop_map(|cluster| Command::UndrainCluster { cluster }),
         3 => apply,
         1 => Just(Command::Delete { application: "default/shop".parse().unwrap() }),
         8 => (slots(), cluster(), session(), 0u64..5, prop::option::of(epoch())).prop_map(

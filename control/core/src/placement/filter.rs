@@ -29,6 +29,9 @@ pub enum Unfit {
     /// It is lost.
     #[error("cluster: lost")]
     Lost,
+    /// Its operator wants it empty.
+    #[error("cluster: drained by its operator")]
+    Drained,
     /// It has not reported in this session.
     #[error("stale report: none yet in this session")]
     Unreported,
@@ -153,6 +156,9 @@ impl View<'_> {
             return vec![Unfit::Lost];
         }
         let mut reasons = Vec::new();
+        if cluster.drained_since_ms.is_some() {
+            reasons.push(Unfit::Drained);
+        }
         if held == Held::New {
             let age_ms = self.now_ms.saturating_sub(cluster.reported_ms);
             if cluster.reported_ms == 0 {

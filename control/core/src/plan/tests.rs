@@ -2,6 +2,7 @@ use super::*;
 use crate::{
     command::Applied,
     migration::AWAY_MS,
+    placement::Verdict,
     report::Tier,
     world::{SHOP, World, facts, name, service, slot},
 };
@@ -95,6 +96,54 @@ fn the_book_shop_moves_to_its_users_without_a_gap() {
     }
     world.settle();
     assert!(!world.backends(page).contains(&"cloud".to_owned()));
+}
+
+#[test]
+fn a_drained_cluster_is_emptied_make_before_break_and_stays_empty_until_it_is_used_again() {
+    let mut world = shop();
+    let cluster = name("cloud");
+    let drain = Command::DrainCluster {
+        cluster: cluster.clone(),
+    };
+    world.one(drain).unwrap();
+    let mut steps = 0;
+    while world.running("cloud") > 0 {
+        world.step();
+        steps += 1;
+        assert!(steps < 60, "{:#?}", world.kb.migrations);
+        for service in ["front", "stock"] {
+            let backends = world.backends(&format!("default/shop/{service}"));
+            assert_eq!(backends.len(), 1, "{service} after {steps} s: {backends:?}");
+        }
+    }
+    world.settle();
+    // One writer, too: its operator asked for it.
+    assert_ne!(world.backends("default/shop/store"), ["cloud"]);
+    assert_eq!(world.backends("default/shop/store").len(), 1);
+    let more = SHOP.replace("command: [stock]", "command: [stock]\n      replicas: 3");
+    world.apply(&more).unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/stock").len(), 3);
+    assert_eq!(world.running("cloud"), 0);
+    world.one(Command::UndrainCluster { cluster }).unwrap();
+    world.apply(SHOP).unwrap();
+    world.settle();
+    assert_eq!(world.backends("default/shop/front"), ["cloud"]);
+}
+
+#[test]
+fn what_may_run_nowhere_else_stays_in_a_drained_cluster_and_its_explanation_says_so() {
+    let mut world = shop();
+    let cluster = name("edge");
+    world.one(Command::DrainCluster { cluster }).unwrap();
+    world.run(60);
+    assert_eq!(world.backends("default/shop/client"), ["edge"]);
+    let client = service("default/shop/client");
+    let explained = placement::explain(&world.kb, &client, world.now_ms);
+    let Verdict::Refused(reasons) = &explained[0].now[&name("edge")] else {
+        panic!("{explained:?}");
+    };
+    assert_eq!(reasons[..], ["cluster: drained by its operator"]);
 }
 
 #[test]

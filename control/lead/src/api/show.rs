@@ -149,6 +149,7 @@ pub(super) fn clusters(base: &KnowledgeBase) -> Vec<Cluster> {
                 name: name.to_string(),
                 state: state.to_owned(),
                 lost_since_ms,
+                drained_since_ms: cluster.drained_since_ms,
                 tier: cluster.facts.tier,
                 region: cluster.facts.region.clone(),
                 labels: cluster.facts.labels.clone(),

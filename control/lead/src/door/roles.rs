@@ -69,10 +69,17 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/leads"
             | "/v1/leads/drain"
             | "/v1/leads/{name}/drain"
+            | "/v1/clusters/{name}/drain"
             | "/v1/tokens"
             | "/v1/revocations",
         )
-        | ("DELETE", "/v1/leads/{name}" | "/v1/tokens/{name}") => Some(Takes::Administration),
+        | (
+            "DELETE",
+            "/v1/leads/{name}"
+            | "/v1/clusters/{name}"
+            | "/v1/clusters/{name}/drain"
+            | "/v1/tokens/{name}",
+        ) => Some(Takes::Administration),
         _ => None,
     }
 }
@@ -174,6 +181,9 @@ mod tests {
         ("GET", "/v1/services", EVERYBODY),
         ("GET", "/v1/bindings", EVERYBODY),
         ("GET", "/v1/clusters", EVERYBODY),
+        ("DELETE", "/v1/clusters/{name}", ADMINS),
+        ("POST", "/v1/clusters/{name}/drain", ADMINS),
+        ("DELETE", "/v1/clusters/{name}/drain", ADMINS),
         ("GET", "/v1/nodes", EVERYBODY),
         ("GET", "/v1/migrations", EVERYBODY),
         ("POST", "/v1/migrations", DEPLOYERS),

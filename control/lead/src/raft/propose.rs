@@ -146,7 +146,9 @@ mod tests {
             self.let_through.acquire().await.unwrap().forget();
             self.sizes.lock().unwrap().push(batch.commands.len());
             let outcome = |command: &Command| match command {
-                Command::ForgetCluster { cluster } => Err(Refusal::UnknownCluster(cluster.clone())),
+                Command::ForgetCluster { cluster, .. } => {
+                    Err(Refusal::UnknownCluster(cluster.clone()))
+                }
                 _ => Ok(Applied::Changed),
             };
             let index = self.index.fetch_add(1, Ordering::Relaxed);
@@ -169,6 +171,7 @@ mod tests {
         let task = tokio::spawn(task);
         let forget = Command::ForgetCluster {
             cluster: "edge".parse().unwrap(),
+            abandon: false,
         };
         let all = futures::future::join_all((0..100).map(|number| {
             let commands = if number % 2 == 0 {

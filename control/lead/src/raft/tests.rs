@@ -108,6 +108,7 @@ async fn every_command_of_every_entry_has_its_effect_and_its_own_outcome() {
     };
     let unknown = Command::ForgetCluster {
         cluster: "nowhere".parse().unwrap(),
+        abandon: false,
     };
     let outcomes = machine
         .apply([

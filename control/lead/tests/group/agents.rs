@@ -72,14 +72,14 @@ fn node() -> NodeReport {
     }
 }
 
-fn report(instances: Vec<InstanceReport>) -> FromAgent {
+pub(crate) fn report(instances: Vec<InstanceReport>) -> FromAgent {
     FromAgent::Report(Report {
         nodes: BTreeMap::from([("n1".to_owned(), node())]),
         instances,
     })
 }
 
-fn running(id: &InstanceId) -> InstanceReport {
+pub(crate) fn running(id: &InstanceId) -> InstanceReport {
     InstanceReport {
         id: id.clone(),
         node: "n1".to_owned(),
@@ -161,7 +161,7 @@ impl TestAgent {
     }
 
     /// Asks for renewals from now on, as an agent does: one that is silent for a lease is lost.
-    fn stay_alive(&self) {
+    pub(crate) fn stay_alive(&self) {
         let (outbound, asked) = (self.outbound.downgrade(), self.asked.clone());
         tokio::spawn(async move {
             while let Some(outbound) = outbound.upgrade() {
@@ -181,7 +181,7 @@ impl TestAgent {
         self.hear(what, |it| it.renewed > before).await
     }
 
-    async fn say(&self, message: FromAgent) -> Result<(), String> {
+    pub(crate) async fn say(&self, message: FromAgent) -> Result<(), String> {
         let said = self.outbound.send(message).await;
         said.map_err(|_| "the stream ended".to_owned())
     }
@@ -214,7 +214,7 @@ impl TestAgent {
     }
 
     /// What the cluster must run.
-    fn to_run(&self) -> Vec<InstanceId> {
+    pub(crate) fn to_run(&self) -> Vec<InstanceId> {
         let list = self.assignments.list.iter();
         list.filter(|it| matches!(it.want, Want::Run(_)))
             .map(|it| it.id.clone())

@@ -2,6 +2,7 @@
 
 use control_api::http::List;
 use control_api::http::{Problem, Restored, Service, Status, Vip};
+use control_core::command::LEVEL;
 use http::StatusCode;
 
 use crate::{
@@ -11,7 +12,7 @@ use crate::{
     names,
 };
 
-async fn status(mesh: &TestMesh, lead: &str) -> Status {
+pub(crate) async fn status(mesh: &TestMesh, lead: &str) -> Status {
     mesh.get(lead, "/v1/status").await.1
 }
 
@@ -64,7 +65,7 @@ async fn a_backup_brings_a_deleted_application_back_with_its_addresses() {
 async fn a_backup_of_a_later_feature_level_waits_until_every_lead_has_it() {
     let mesh = TestMesh::start(&["a"]).await;
     mesh.leader().await;
-    let level = async || status(&mesh, "a").await.level >= 2;
+    let level = async || status(&mesh, "a").await.level >= LEVEL;
     wait_for("the feature level", LIMIT, level).await;
     let (_, backup) = mesh.ask("a", "GET", "/v1/backup", "").await;
     mesh.end().await;
@@ -75,7 +76,7 @@ async fn a_backup_of_a_later_feature_level_waits_until_every_lead_has_it() {
     wait_for("the refusal", LIMIT, async || {
         let (code, text) = behind.ask_now(&leader, ask, &backup, None).await;
         assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE, "{text}");
-        text.contains("feature level 2")
+        text.contains(&format!("feature level {LEVEL}"))
     })
     .await;
     assert_eq!(incarnation(&behind, &leader).await, 0);

@@ -3,6 +3,7 @@
 
 mod agents;
 mod backup;
+mod clusters;
 mod doors;
 mod log;
 mod members;
