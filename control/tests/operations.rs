@@ -100,7 +100,7 @@ fn daemon(line: &str) -> Option<&str> {
     name.split([' ', '.']).next()
 }
 
-/// Whether the leads refused it for now, and did nothing: a person asks again.
+/// Whether the leads were busy, refused it and did nothing: a person asks again.
 fn is_early(output: &Output) -> bool {
     let error = String::from_utf8_lossy(&output.stderr);
     EARLY.iter().any(|words| error.contains(words))

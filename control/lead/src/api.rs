@@ -514,6 +514,15 @@ async fn migrate(
     change(&lead, &request, command).await
 }
 
+/// That every lead knows `what`, which came with feature level `wanted`.
+fn check_level(lead: &Lead, what: &str, wanted: u32) -> Result<(), Refusal> {
+    let level = lead.replica.read(|base| base.level);
+    if level < wanted {
+        return Err(Refusal::level(what, wanted, level));
+    }
+    Ok(())
+}
+
 async fn change(lead: &Lead, request: &Request, command: Command) -> Answer<Changed> {
     let done = lead.propose(request.once(lead, vec![command])?).await?;
     lead.replica.reach(done.index, FOLLOW).await;

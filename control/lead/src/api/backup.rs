@@ -12,7 +12,7 @@ use control_core::{
     command::{Command, Outcome},
 };
 
-use super::{Answer, FOLLOW, Shared};
+use super::{Answer, FOLLOW, Shared, check_level};
 use crate::{door::caller::Asking, once::sign, problem::Refusal};
 
 /// The feature level that knows a restore.
@@ -38,12 +38,9 @@ pub(super) async fn restore(State(lead): Shared, asking: Asking, body: String) -
     let (header, base) =
         backup::read(&body).map_err(|error| Refusal::field("backup", "", error))?;
     lead.catch_up().await?;
-    let level = lead.replica.read(|base| base.level);
     // A lead that does not know what is in it would drop that, and differ from the others for good.
     let needed = LEVEL.max(header.level);
-    if level < needed {
-        return Err(Refusal::level("a restore of this backup", needed, level));
-    }
+    check_level(&lead, "a restore of this backup", needed)?;
     tracing::warn!(index = header.index, "restoring a backup");
     let command = sign(&lead, &asking.caller.name, Command::Restore(Box::new(base)));
     let done = lead.propose(vec![command]).await?;

@@ -4,26 +4,14 @@ use axum::extract::{Path, Query, State, rejection::QueryRejection};
 use control_api::http::{Changed, Cluster, ForgetQuery, List, Problem, ReadQuery};
 use control_core::{command::Command, name::Name};
 
-use super::{Answer, Read, Shared, bad_query, change, list, show};
+use super::{Answer, Read, Shared, bad_query, change, check_level, list, show};
 use crate::{lead::Lead, once::Key, problem::Refusal};
 
 /// The feature level that knows drained clusters.
 const DRAINS: u32 = 3;
 
-/// That every lead knows these commands.
-fn check_level(lead: &Lead) -> Result<(), Refusal> {
-    let level = lead.replica.read(|base| base.level);
-    if level < DRAINS {
-        let what = "draining and forgetting clusters";
-        return Err(Refusal::level(what, DRAINS, level));
-    }
-    Ok(())
-}
-
-fn name(text: &str) -> Result<Name, Refusal> {
-    text.parse()
-        .map_err(|error| Refusal::name("cluster", text, &error))
-}
+/// What came with it.
+const WHAT: &str = "draining and forgetting clusters";
 
 /// The clusters.
 #[utoipa::path(get, path = "/v1/clusters", params(ReadQuery),
@@ -41,7 +29,7 @@ pub(super) async fn drain(
     key: Key,
     Path(cluster): Path<String>,
 ) -> Answer<Changed> {
-    mark(&lead, key, &cluster, |cluster| Command::DrainCluster {
+    ask(&lead, key, &cluster, |cluster| Command::DrainCluster {
         cluster,
     })
     .await
@@ -56,21 +44,24 @@ pub(super) async fn undrain(
     key: Key,
     Path(cluster): Path<String>,
 ) -> Answer<Changed> {
-    mark(&lead, key, &cluster, |cluster| Command::UndrainCluster {
+    ask(&lead, key, &cluster, |cluster| Command::UndrainCluster {
         cluster,
     })
     .await
 }
 
-async fn mark(
+/// Asks for a change of a cluster.
+async fn ask(
     lead: &Lead,
     key: Key,
     cluster: &str,
     command: impl FnOnce(Name) -> Command,
 ) -> Answer<Changed> {
-    check_level(lead)?;
-    let command = command(name(cluster)?);
-    change(lead, &key.request(lead, b""), command).await
+    check_level(lead, WHAT, DRAINS)?;
+    let cluster = cluster
+        .parse()
+        .map_err(|error| Refusal::name("cluster", cluster, &error))?;
+    change(lead, &key.request(lead, b""), command(cluster)).await
 }
 
 /// Takes a lost cluster, to which nothing is bound any more, out of the mesh.
@@ -84,8 +75,6 @@ pub(super) async fn forget(
     query: Result<Query<ForgetQuery>, QueryRejection>,
 ) -> Answer<Changed> {
     let Query(ForgetQuery { abandon }) = query.map_err(|error| bad_query(&error))?;
-    check_level(&lead)?;
-    let cluster = name(&cluster)?;
-    let request = key.request(&lead, format!("{abandon}").as_bytes());
-    change(&lead, &request, Command::ForgetCluster { cluster, abandon }).await
+    let command = |cluster| Command::ForgetCluster { cluster, abandon };
+    ask(&lead, key, &cluster, command).await
 }

@@ -14,9 +14,8 @@ use control_api::http::{
 use control_core::{base::KnowledgeBase, command::Command, name::Name, security::check_hash};
 use netmanager_api::identity::{Access, Identity, Role};
 
-use super::{Answer, Read, Shared, bad_query, change, list};
+use super::{Answer, Read, Shared, bad_query, change, check_level, list};
 use crate::{
-    lead::Lead,
     once::{Key, SIGNED},
     problem::Refusal,
 };
@@ -25,14 +24,8 @@ use crate::{
 const DAYS: u64 = 365;
 const DAY_MS: u64 = 86_400_000;
 
-/// That every lead knows these commands.
-fn check_level(lead: &Lead) -> Result<(), Refusal> {
-    let level = lead.replica.read(|base| base.level);
-    if level < SIGNED {
-        return Err(Refusal::level("tokens and revocations", SIGNED, level));
-    }
-    Ok(())
-}
+/// What came with [`SIGNED`].
+const WHAT: &str = "tokens and revocations";
 
 fn name(text: &str) -> Result<Name, Refusal> {
     text.parse()
@@ -77,7 +70,7 @@ pub(super) async fn create_token(
         return Err(Refusal::field("days", &wish.days.to_string(), rule));
     }
     check_hash("hash", &wish.hash)?;
-    check_level(&lead)?;
+    check_level(&lead, WHAT, SIGNED)?;
     let command = Command::CreateToken {
         name: name(&wish.name)?,
         hash: wish.hash.clone(),
@@ -96,7 +89,7 @@ pub(super) async fn revoke_token(
     key: Key,
     Path(token): Path<String>,
 ) -> Answer<Changed> {
-    check_level(&lead)?;
+    check_level(&lead, WHAT, SIGNED)?;
     let command = Command::RevokeToken {
         name: name(&token)?,
     };
@@ -146,7 +139,7 @@ pub(super) async fn revoke(
     if let Some(certificate) = &wish.certificate {
         check_hash("certificate", certificate)?;
     }
-    check_level(&lead)?;
+    check_level(&lead, WHAT, SIGNED)?;
     let mesh = lead
         .replica
         .read(|base| base.mesh.as_ref().map(|mesh| mesh.name.clone()));
