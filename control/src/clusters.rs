@@ -6,6 +6,7 @@ use ::http::Method;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use control_api::http::{Changed, Cluster as Shown, List};
+use control_core::name::Name;
 
 use crate::{
     client::{Ask, Once},
@@ -59,7 +60,7 @@ impl ListClusters {
 #[derive(Debug, Args)]
 pub(crate) struct Drain {
     /// The cluster.
-    name: String,
+    name: Name,
     /// Wait so long until nothing runs there any more.
     #[arg(long, value_name = "TIME", value_parser = daemon::duration)]
     wait: Option<Duration>,
@@ -102,9 +103,12 @@ impl Drain {
 }
 
 /// How many instances are bound to a cluster.
-fn bindings(common: &Common, name: &str) -> anyhow::Result<u32> {
+fn bindings(common: &Common, name: &Name) -> anyhow::Result<u32> {
     let list: List<Shown> = common.leads.ask(&Ask::get("/v1/clusters"))?;
-    let cluster = list.items.iter().find(|cluster| cluster.name == name);
+    let cluster = list
+        .items
+        .iter()
+        .find(|cluster| cluster.name == name.as_str());
     let cluster = cluster.with_context(|| format!("cluster {name} was forgotten meanwhile"))?;
     Ok(cluster.bindings)
 }
@@ -112,7 +116,7 @@ fn bindings(common: &Common, name: &str) -> anyhow::Result<u32> {
 #[derive(Debug, Args)]
 pub(crate) struct Undrain {
     /// The cluster.
-    name: String,
+    name: Name,
     #[command(flatten)]
     once: Once,
     #[command(flatten)]
@@ -135,7 +139,7 @@ impl Undrain {
 #[derive(Debug, Args)]
 pub(crate) struct Forget {
     /// The cluster.
-    name: String,
+    name: Name,
     /// Although it has not said that all it ran has stopped: its machines are gone for good.
     #[arg(long)]
     abandon: bool,
@@ -155,5 +159,28 @@ impl Forget {
         };
         let text = |_: &Changed| format!("cluster {} is forgotten", self.name);
         self.common.answer(&ask, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::Cli;
+
+    #[test]
+    fn what_is_no_cluster_s_name_never_becomes_another_request() {
+        let ask = |change, name| {
+            let lead = ["--lead", "127.0.0.1:1", "--credentials", "c"];
+            let words = ["weft", "cluster", change, name].into_iter().chain(lead);
+            Cli::try_parse_from(words)
+        };
+        for change in ["drain", "undrain", "forget"] {
+            assert!(ask(change, "edge").is_ok());
+            for name in ["edge/drain", "edge?abandon=true", "../leads", "a b", ""] {
+                let error = ask(change, name).unwrap_err().to_string();
+                assert!(error.contains(name) && error.contains("NAME"), "{error}");
+            }
+        }
     }
 }
