@@ -1,7 +1,7 @@
-//! The three atomic operations that the programs need, each one instruction (`BPF_ATOMIC` with `BPF_FETCH`, since
+//! The atomic operations that the programs need, each one instruction (`BPF_ATOMIC` with `BPF_FETCH`, since
 //! Linux 5.12).
 
-use core::intrinsics::{AtomicOrdering, atomic_and, atomic_or, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_and, atomic_cxchg, atomic_or, atomic_xadd};
 
 /// Adds to a word of map memory.
 ///
@@ -34,4 +34,18 @@ pub(crate) unsafe fn or(word: *mut u64, bits: u64) -> u64 {
 pub(crate) unsafe fn and(word: *mut u64, bits: u64) -> u64 {
     // SAFETY: the caller's promise.
     unsafe { atomic_and::<u64, u64, { AtomicOrdering::Relaxed }>(word, bits) }
+}
+
+/// Makes a word of map memory `new` where it is `old`; whether it was. Orders what is written before and after it.
+///
+/// # Safety
+///
+/// As for [`add`].
+#[inline(always)]
+pub(crate) unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: the caller's promise.
+    let (_, was) = unsafe {
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new)
+    };
+    was
 }

@@ -24,10 +24,12 @@
 
 mod ageing;
 mod end;
+mod place;
 
 pub(crate) use self::{
     ageing::{age, make_room},
     end::{close_forward, finish_forward},
+    place::place,
 };
 
 use ebpf_common::{
@@ -47,7 +49,7 @@ use crate::{
 };
 
 /// The entry of `key`.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn find(key: &FlowKey) -> Option<Entry> {
     Table::of(key.proto).get(key)
 }
@@ -150,13 +152,24 @@ pub(crate) fn forget_datagrams(config: &Config, key: &FlowKey, entry: Entry) {
 /// Removes a flow by its forward entry, the reverse one only where it is this flow's; false where it was gone.
 #[inline(always)]
 fn forget(table: Table, config: &Config, key: &FlowKey, entry: Entry) -> bool {
-    let reverse = reverse_key(config, key, entry.flow());
-    if let Some(other) = table.get(&reverse)
-        && belongs_to(other.flow(), key, entry.flow())
-    {
-        table.remove(&reverse);
+    if entry.other().is_none() {
+        let reverse = reverse_key(config, key, entry.flow());
+        if let Some(other) = table.get(&reverse)
+            && belongs_to(other.flow(), key, entry.flow())
+        {
+            table.remove(&reverse);
+        }
     }
     table.remove(key)
+}
+
+/// The reverse entry of the connection with this forward entry.
+#[inline(always)]
+fn reverse_of(config: &Config, key: &FlowKey, forward: Entry) -> Option<Entry> {
+    forward.other().or_else(|| {
+        find(&reverse_key(config, key, forward.flow()))
+            .filter(|reverse| belongs_to(reverse.flow(), key, forward.flow()))
+    })
 }
 
 #[inline(always)]
@@ -179,8 +192,8 @@ pub(crate) fn belongs_to(reverse: &Flow, key: &FlowKey, forward: &Flow) -> bool 
 /// Notes that the client has answered the backend's SYN.
 #[inline(never)]
 pub(crate) fn establish(config: &Config, key: &FlowKey, forward: Entry) -> Result<(), Reason> {
-    match Table::Connections.get(&reverse_key(config, key, forward.flow())) {
-        Some(reverse) if belongs_to(reverse.flow(), key, forward.flow()) => {
+    match reverse_of(config, key, forward) {
+        Some(reverse) => {
             if reverse.flags() & FLOW_SYN_ACK != 0 {
                 reverse.set(FLOW_ESTABLISHED);
                 forward.set(FLOW_ESTABLISHED | FLOW_SYN_ACK);

@@ -22,6 +22,10 @@ use ebpf_common::{
     reason::Reason,
 };
 
+mod place;
+
+use self::place::Found;
+pub(crate) use self::place::Place;
 use crate::{atomic, parse::Packet};
 
 // The sizes are what one node of a few hundred pods needs; the loader may set others.
@@ -233,7 +237,11 @@ impl Cursor {
 
 /// A flow entry in map memory.
 #[derive(Clone, Copy)]
-pub(crate) struct Entry(NonNull<Flow>);
+pub(crate) struct Entry {
+    flow: NonNull<Flow>,
+    /// The other entry of its connection, where both share a place.
+    other: Option<NonNull<Flow>>,
+}
 
 /// How old `last_seen_ns` may become while a flow is used.
 const REFRESH_NS: u64 = 1_000_000_000;
@@ -241,21 +249,30 @@ const REFRESH_NS: u64 = 1_000_000_000;
 impl Entry {
     #[inline(always)]
     fn new(flow: *mut Flow) -> Option<Self> {
-        NonNull::new(flow).map(Self)
+        NonNull::new(flow).map(|flow| Self { flow, other: None })
+    }
+
+    /// The other entry of the connection, where both share a place.
+    #[inline(always)]
+    pub(crate) fn other(self) -> Option<Self> {
+        self.other.map(|other| Self {
+            flow: other,
+            other: Some(self.flow),
+        })
     }
 
     /// The entry's value.
     #[inline(always)]
     pub(crate) fn flow(&self) -> &'static Flow {
         // SAFETY: the lookup returned it, so it is map memory; torn reads as in the module's text.
-        unsafe { self.0.as_ref() }
+        unsafe { self.flow.as_ref() }
     }
 
     /// The `FLOW_...` bits now.
     #[inline(always)]
     pub(crate) fn flags(&self) -> u32 {
         // SAFETY: as for `flow`; volatile, because the other direction's CPU sets bits too.
-        unsafe { (&raw const (*self.0.as_ptr()).flags).read_volatile() }
+        unsafe { (&raw const (*self.flow.as_ptr()).flags).read_volatile() }
     }
 
     /// Sets bits; what they were before. Of two CPUs that set the last bit of something, one sees that it did.
@@ -284,28 +301,28 @@ impl Entry {
             assert!(cfg!(target_endian = "little"));
         }
         // SAFETY: within the value that `new` was given.
-        unsafe { self.0.as_ptr().byte_add(WORD).cast() }
+        unsafe { self.flow.as_ptr().byte_add(WORD).cast() }
     }
 
     /// The number that is awaited, or was first ([`Flow::isn_be`]).
     #[inline(always)]
     pub(crate) fn number_be(&self) -> u32 {
         // SAFETY: as for `flow`; volatile, because the other direction's CPU writes it too.
-        unsafe { (&raw const (*self.0.as_ptr()).isn_be).read_volatile() }
+        unsafe { (&raw const (*self.flow.as_ptr()).isn_be).read_volatile() }
     }
 
     /// Notes which number is awaited.
     #[inline(always)]
     pub(crate) fn await_number(&self, number_be: u32) {
         // SAFETY: as for `flow`; an aligned word of map memory.
-        unsafe { (&raw mut (*self.0.as_ptr()).isn_be).write_volatile(number_be) }
+        unsafe { (&raw mut (*self.flow.as_ptr()).isn_be).write_volatile(number_be) }
     }
 
     /// Makes the entry another flow's. Cheaper than an insert, which takes a new element even where there is one.
     #[inline(always)]
     pub(crate) fn replace(&self, flow: &Flow) {
         // SAFETY: as for `flow`; whoever reads it meanwhile reads of both, see the module's text.
-        unsafe { self.0.as_ptr().write(*flow) }
+        unsafe { self.flow.as_ptr().write(*flow) }
     }
 
     /// Notes that the flow is used; true when that was more than a second ago.
@@ -315,7 +332,7 @@ impl Entry {
         let stale = now.wrapping_sub(self.flow().last_seen_ns) > REFRESH_NS;
         if stale {
             // SAFETY: as for `flow`; an aligned word of map memory.
-            unsafe { (&raw mut (*self.0.as_ptr()).last_seen_ns).write_volatile(now) }
+            unsafe { (&raw mut (*self.flow.as_ptr()).last_seen_ns).write_volatile(now) }
         }
         stale
     }
@@ -354,7 +371,11 @@ impl Table {
     #[inline(always)]
     pub(crate) fn get(self, key: &FlowKey) -> Option<Entry> {
         match self {
-            Self::Connections => FLOWS.get_ptr_mut(key),
+            Self::Connections => match place::find(key) {
+                Found::Here(entry) => return Some(entry),
+                Found::Nowhere => return None,
+                Found::Elsewhere => FLOWS.get_ptr_mut(key),
+            },
             Self::Datagrams => FLOWS_LRU.get_ptr_mut(key),
         }
         .and_then(Entry::new)
@@ -366,7 +387,13 @@ impl Table {
         /// `EEXIST` of errno(3).
         const EXISTS: i32 = -17;
         let inserted = match self {
-            Self::Connections => FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)),
+            Self::Connections => {
+                if let Found::Here(_) = place::find(key) {
+                    return Inserted::Exists;
+                }
+                place::spill(key, flow.last_seen_ns);
+                FLOWS.insert(key, flow, u64::from(BPF_NOEXIST))
+            }
             Self::Datagrams => FLOWS_LRU.insert(key, flow, u64::from(BPF_NOEXIST)),
         };
         match inserted {
@@ -380,11 +407,20 @@ impl Table {
     #[inline(always)]
     pub(crate) fn remove(self, key: &FlowKey) -> bool {
         match self {
-            Self::Connections => FLOWS.remove(key),
+            Self::Connections => match place::remove(key) {
+                Some(removed) => return removed,
+                None => FLOWS.remove(key),
+            },
             Self::Datagrams => FLOWS_LRU.remove(key),
         }
         .is_ok()
     }
+}
+
+/// Whether the connections' table that all share has an entry of `key`.
+#[inline(never)]
+pub(crate) fn is_shared(key: &FlowKey) -> bool {
+    FLOWS.get_ptr(key).is_some()
 }
 
 /// Puts a connection at the end of `AGEING`; false where there is no room.

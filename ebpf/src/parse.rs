@@ -106,6 +106,8 @@ pub(crate) struct Packet {
     pub(crate) backend: u32,
     /// The number of the endpoint that sent it; 0 is the tunnel.
     pub(crate) sender: u32,
+    /// Of a SYN that opened a connection: whether that has a place of its own, 0 or 1.
+    pub(crate) placed: u32,
     /// Whether it carries [`LOG_MARK`]: 0 or 1.
     pub(crate) marked: u32,
     pub(crate) family: Family,

@@ -80,8 +80,10 @@ fn syn(
     let tally = admit(endpoint, ACCOUNT_TCP)?;
     open_connection(config, packet, policy)?;
     begun(packet, tally, ACCOUNT_TCP);
-    let isn_be = packet.seq_be;
-    flow::age(config, &mut packet.key, isn_be);
+    if packet.placed == 0 {
+        let isn_be = packet.seq_be;
+        flow::age(config, &mut packet.key, isn_be);
+    }
     Ok(())
 }
 
@@ -257,6 +259,17 @@ fn open(table: Table, config: &Config, packet: &mut Packet, policy: Policy) -> R
         direction: FLOW_REVERSE,
         pad: 0,
     };
+    if table == Table::Connections
+        && !hairpin
+        && let Some((place, state)) = flow::place(&packet.key, &key, now)
+    {
+        let to = (&address, vip.target_port_be);
+        if place.take(state, &packet.key, &flow, to) {
+            packet.to = flow::translated(config, &packet.key, &place.connection().forward);
+            packet.placed = 1;
+            return Ok(());
+        }
+    }
     claim_reverse(table, &mut key, &flow, hash)?;
     flow.addr = address;
     flow.port_be = vip.target_port_be;
@@ -266,6 +279,7 @@ fn open(table: Table, config: &Config, packet: &mut Packet, policy: Policy) -> R
         return Err(reason);
     }
     packet.to = flow::translated(config, &packet.key, &flow);
+    packet.placed = 0;
     Ok(())
 }
 
@@ -345,7 +359,11 @@ fn claim_reverse(table: Table, key: &mut FlowKey, reverse: &Flow, hash: u32) -> 
 #[inline(always)]
 fn displaces(table: Table, key: &FlowKey, reverse: &Flow) -> bool {
     match table.get(key) {
-        Some(owner) if is_ours(owner.flow(), reverse) || flow::is_over(owner.flags()) => {
+        // What shares a place goes only with its connection.
+        Some(owner)
+            if is_ours(owner.flow(), reverse)
+                || (owner.other().is_none() && flow::is_over(owner.flags())) =>
+        {
             owner.replace(reverse);
             true
         }

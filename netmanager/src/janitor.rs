@@ -47,11 +47,13 @@ impl Default for Limits {
 pub struct Page {
     /// The flows.
     pub flows: Vec<(FlowKey, Flow)>,
+    /// The map that they are in.
+    pub map: &'static str,
     /// Whether the walk is through the map.
     pub is_last: bool,
 }
 
-/// A flow map as the janitor needs it.
+/// A table of flows as the janitor needs it.
 pub trait FlowSource {
     /// The next flows of the walk, which starts over after the last page.
     ///
@@ -74,8 +76,8 @@ pub trait FlowSource {
 pub struct Census {
     /// Flows from local endpoints by the backend's index, live ones only.
     pub by_backend: BTreeMap<u32, u64>,
-    /// Entries kept, by map (as the sources were given).
-    pub kept: Vec<u64>,
+    /// Entries kept, by map.
+    pub kept: BTreeMap<&'static str, u64>,
     /// Entries removed.
     pub removed: u64,
     /// Flows by the endpoint's number and the kind of its account, those only that were there when the pass began.
@@ -112,16 +114,12 @@ impl<S: FlowSource> Janitor<S> {
     /// A janitor that starts its first pass.
     #[must_use]
     pub fn new(sources: Vec<S>, limits: Limits) -> Self {
-        let counting = Census {
-            kept: vec![0; sources.len()],
-            ..Census::default()
-        };
         Self {
             sources,
             limits,
             at: 0,
             since: None,
-            counting,
+            counting: Census::default(),
             removed: BTreeMap::new(),
         }
     }
@@ -153,6 +151,7 @@ impl<S: FlowSource> Janitor<S> {
                 return Err(error);
             }
         };
+        let mut kept = 0;
         for (key, flow) in &page.flows {
             let account = account_of(key, flow);
             if is_garbage(key, flow, &self.limits, facts) {
@@ -164,7 +163,7 @@ impl<S: FlowSource> Janitor<S> {
                 self.counting.removed += 1;
                 continue;
             }
-            self.counting.kept[self.at] += 1;
+            kept += 1;
             if let Some(account) = account.filter(|_| u64::from(flow.born_s) <= since.as_secs()) {
                 *self.counting.found.entry(account).or_default() += 1;
             }
@@ -176,6 +175,7 @@ impl<S: FlowSource> Janitor<S> {
                 *self.counting.by_backend.entry(flow.backend).or_default() += 1;
             }
         }
+        *self.counting.kept.entry(page.map).or_default() += kept;
         if !page.is_last {
             return Ok(None);
         }
@@ -197,11 +197,7 @@ impl<S: FlowSource> Janitor<S> {
     fn begin(&mut self) -> Census {
         self.at = 0;
         self.since = None;
-        let fresh = Census {
-            kept: vec![0; self.sources.len()],
-            ..Census::default()
-        };
-        std::mem::replace(&mut self.counting, fresh)
+        std::mem::take(&mut self.counting)
     }
 }
 
@@ -272,6 +268,7 @@ mod tests {
     const NOW: Duration = Duration::from_secs(100_000);
 
     struct FakeFlows {
+        map: &'static str,
         flows: BTreeMap<FlowKey, Flow>,
         page: usize,
         at: usize,
@@ -291,7 +288,11 @@ mod tests {
             if is_last {
                 self.at = 0;
             }
-            Ok(Page { flows, is_last })
+            Ok(Page {
+                flows,
+                map: self.map,
+                is_last,
+            })
         }
 
         fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
@@ -467,6 +468,7 @@ mod tests {
             ),
         ]);
         let lru = FakeFlows {
+            map: "FLOWS_LRU",
             flows: BTreeMap::from([
                 (
                     key(5, PROTO_UDP, FLOW_FORWARD),
@@ -487,6 +489,7 @@ mod tests {
         let mut janitor = Janitor::new(
             vec![
                 FakeFlows {
+                    map: "FLOWS",
                     flows,
                     page: 2,
                     at: 0,
@@ -513,7 +516,10 @@ mod tests {
             "1, 2 and 3 here, 5 and 7 there"
         );
         assert_eq!(census.removed, 1);
-        assert_eq!(census.kept, [5, 3]);
+        assert_eq!(
+            census.kept,
+            BTreeMap::from([("FLOWS", 5), ("FLOWS_LRU", 3)])
+        );
         assert_eq!(
             census.found,
             BTreeMap::from([((0, ACCOUNT_TCP), 5), ((0, ACCOUNT_DATAGRAM), 1)])

@@ -1,5 +1,7 @@
 //! The maps and programs of a node without its daemon.
 
+use std::{fs, path::PathBuf};
+
 use aya::maps::MapData;
 use ebpf_common::layout::LAYOUT_VERSION;
 use nix::mount::{MntFlags, umount2};
@@ -61,7 +63,19 @@ impl Pinned {
     /// A pinned map.
     #[must_use]
     pub fn map(&self, name: &str) -> MapData {
-        let pins = format!("v{LAYOUT_VERSION}/maps/{name}");
-        MapData::from_pin(self.folder.path().join(pins)).expect("the map is pinned")
+        MapData::from_pin(self.maps().join(name)).expect("the map is pinned")
+    }
+
+    /// Where the maps are pinned.
+    #[must_use]
+    pub fn maps(&self) -> PathBuf {
+        let pins = format!("v{LAYOUT_VERSION}/maps");
+        self.folder.path().join(pins)
+    }
+
+    /// Closes the datapath and takes one map away, as if a version without it had been here; panics where it is not pinned.
+    pub fn forget(&mut self, name: &str) {
+        drop(self.datapath.take());
+        fs::remove_file(self.maps().join(name)).expect("the map is pinned");
     }
 }

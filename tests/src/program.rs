@@ -5,6 +5,7 @@
 //! by the MAC addresses that the program wrote. The object of another build is taken from `WEFT_BPF_OBJECT`.
 
 pub mod bytes;
+pub mod flows;
 pub mod odd;
 pub mod packet;
 pub mod stage;
@@ -17,16 +18,16 @@ use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
     maps::{
         Array, HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, ProgramArray,
-        Queue, RingBuf,
+        RingBuf,
     },
     programs::SchedClassifier,
     util::nr_cpus,
 };
 use ebpf_common::{
     layout::{
-        Account, Addr, Backend, Config, Count, DIRECT_PLACES, ENDPOINT_PLAIN_REDIRECT, Endpoint,
-        Event, Flow, FlowKey, Fragment, FragmentKey, LogConfig, LogState, PROGRAM_POD,
-        PROGRAM_TUNNEL, Peer, RefusedKey, Settled, Vip, VipKey, direct_link,
+        Account, Addr, Backend, Config, Count, DIRECT_FLOWS, DIRECT_PLACES,
+        ENDPOINT_PLAIN_REDIRECT, Endpoint, Event, LogConfig, LogState, PROGRAM_POD, PROGRAM_TUNNEL,
+        Peer, RefusedKey, Settled, Vip, VipKey, direct_link,
     },
     reason::Reason,
 };
@@ -69,6 +70,8 @@ pub struct Sizes {
     pub recent: u32,
     /// Connections in `AGEING`.
     pub ageing: u32,
+    /// Places of `FLOWS_DIRECT`, at least 1.
+    pub places: u32,
 }
 
 impl Default for Sizes {
@@ -77,6 +80,7 @@ impl Default for Sizes {
             flows: 1024,
             recent: 4096,
             ageing: 512,
+            places: DIRECT_FLOWS,
         }
     }
 }
@@ -98,6 +102,7 @@ impl Node {
             .map_max_entries("FLOWS", sizes.flows)
             .map_max_entries("FLOWS_LRU", sizes.recent)
             .map_max_entries("AGEING", sizes.ageing)
+            .map_max_entries("FLOWS_DIRECT", sizes.places)
             .map_max_entries("SLOTS", 65_536)
             .load_file(&path)
             .unwrap_or_else(|error| panic!("{} does not load: {error:?}", path.display()));
@@ -370,29 +375,6 @@ impl Node {
         counts
     }
 
-    /// The entries of a flow table, `FLOWS` or `FLOWS_LRU`.
-    pub fn flows(&mut self, table: &str) -> Vec<(FlowKey, Flow)> {
-        self.hash::<44, 56>(table)
-            .iter()
-            .map(|entry| entry.expect("a flow entry"))
-            .map(|(key, value)| (FlowKey::from_slice(&key), Flow::from_slice(&value)))
-            .collect()
-    }
-
-    /// Writes an entry of a flow table.
-    pub fn put_flow(&mut self, table: &str, key: &FlowKey, flow: &Flow) {
-        self.hash::<44, 56>(table)
-            .insert(key.to_array::<44>(), flow.to_array::<56>(), 0)
-            .expect("the table has room");
-    }
-
-    /// Removes an entry of a flow table.
-    pub fn drop_flow(&mut self, table: &str, key: &FlowKey) {
-        self.hash::<44, 56>(table)
-            .remove(&key.to_array::<44>())
-            .expect("an entry");
-    }
-
     /// What the programs counted of an endpoint's flows; zero where they never did.
     pub fn account(&mut self, endpoint: u32) -> Account {
         self.hash::<4, 64>("ACCOUNTS")
@@ -414,20 +396,6 @@ impl Node {
         self.hash::<4, 8>("ANSWERS")
             .insert(endpoint.to_ne_bytes(), full, 0)
             .expect("ANSWERS gives way");
-    }
-
-    /// Forgets every flow, fragment, account and answer, as if the programs had just been loaded.
-    pub fn forget_flows(&mut self) {
-        const KEY: usize = size_of::<FlowKey>();
-        const FLOW: usize = size_of::<Flow>();
-        empty(self.hash::<KEY, FLOW>("FLOWS"));
-        empty(self.hash::<KEY, FLOW>("FLOWS_LRU"));
-        empty(self.hash::<{ size_of::<FragmentKey>() }, { size_of::<Fragment>() }>("FRAGMENTS"));
-        empty(self.hash::<4, 8>("ANSWERS"));
-        empty(self.hash::<4, { size_of::<Account>() }>("ACCOUNTS"));
-        empty(self.hash::<4, { size_of::<Settled>() }>("SETTLED"));
-        let mut ageing: Queue<&mut MapData, [u8; KEY]> = self.map("AGEING", Queue::try_from);
-        while ageing.pop(0).is_ok() {}
     }
 
     fn run(&mut self, name: &str, packet: &[u8]) -> Outcome {
@@ -473,13 +441,6 @@ impl Node {
             .map_mut(name)
             .unwrap_or_else(|| panic!("the object has no map {name}"));
         convert(map).unwrap_or_else(|error| panic!("{name}: {error}"))
-    }
-}
-
-fn empty<const K: usize, const V: usize>(mut map: HashMap<&mut MapData, [u8; K], [u8; V]>) {
-    let keys: Vec<_> = map.keys().map(|key| key.expect("a key")).collect();
-    for key in keys {
-        map.remove(&key).expect("nobody else removes it");
     }
 }
 

@@ -201,6 +201,7 @@ fn a_connection_that_gave_no_way_while_it_was_established_does_once_it_is_over()
         let mut stage = Stage::new(Sizes {
             flows: 64,
             ageing: 4,
+            places: 1,
             ..Sizes::default()
         });
         point_to(&mut stage, 3);
@@ -240,6 +241,7 @@ fn a_connection_does_not_give_way_for_another_that_had_its_port() {
         let mut stage = Stage::new(Sizes {
             flows: 64,
             ageing: 4,
+            places: 1,
             ..Sizes::default()
         });
         // Their keys fill the queue, and nothing else is left of them.
@@ -263,6 +265,7 @@ fn a_full_table_finds_who_gives_way_behind_many_that_are_gone() {
         let mut stage = Stage::new(Sizes {
             flows: 8,
             ageing: 256,
+            places: 1,
             ..Sizes::default()
         });
         for port in 1..=100 {

@@ -21,6 +21,7 @@ fn a_full_table_refuses_new_connections_and_loses_no_old_one() {
     for family in Family::BOTH {
         let mut stage = Stage::new(Sizes {
             flows: 8,
+            places: 1,
             ..Sizes::default()
         });
         point_to(&mut stage, 3);
@@ -48,6 +49,7 @@ fn a_flood_of_syns_costs_no_established_connection_and_stays_bounded() {
         let mut stage = Stage::new(Sizes {
             flows: 64,
             ageing,
+            places: 1,
             ..Sizes::default()
         });
         point_to(&mut stage, 3);
@@ -83,6 +85,7 @@ fn connections_that_are_over_give_way_oldest_first() {
         let mut stage = Stage::new(Sizes {
             flows: 64,
             ageing: 8,
+            places: 1,
             ..Sizes::default()
         });
         point_to(&mut stage, 3);

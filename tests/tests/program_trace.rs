@@ -50,9 +50,9 @@ impl Maps for Loaded<'_> {
     fn flow(&self, key: &FlowKey) -> Option<Flow> {
         let node = &mut self.0.borrow_mut().node;
         let connection = (key.proto == PROTO_TCP)
-            .then(|| node.entry::<44, 56, _>("FLOWS", key))
+            .then(|| node.flow("FLOWS", key))
             .flatten();
-        connection.or_else(|| node.entry::<44, 56, _>("FLOWS_LRU", key))
+        connection.or_else(|| node.flow("FLOWS_LRU", key))
     }
 }
 

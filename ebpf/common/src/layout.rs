@@ -9,7 +9,8 @@
 //!  VIPS       hash         VipKey   -> Vip        a declared port; (address, 0, ICMP) stands for the VIP itself
 //!  SLOTS      array        u32                    backend indexes; a Vip owns one run of them
 //!  BACKENDS   array        Backend                by backend index
-//!  FLOWS      hash         FlowKey  -> Flow       TCP; full means refused, what is established is never evicted
+//!  FLOWS_DIRECT  array     Connection             TCP whose place by `direct_flow` was free when it was opened
+//!  FLOWS      hash         FlowKey  -> Flow       other TCP; full means refused, what is established is never evicted
 //!  FLOWS_LRU  LRU hash     FlowKey  -> Flow       UDP, ICMP echo, datagrams delivered untranslated
 //!  AGEING     queue        FlowKey                TCP that opens or has closed, oldest first: it gives way
 //!  ACCOUNTS   hash         number   -> Account    flows by endpoint number, as the programs count them
@@ -444,6 +445,92 @@ pub struct Flow {
     pub counter: u32,
 }
 
+/// How many places `FLOWS_DIRECT` has.
+pub const DIRECT_FLOWS: u32 = 16_384;
+
+/// The place in `FLOWS_DIRECT` of the connection with this key, of either direction: by the client and its port on this side
+/// of the translation. Clients take every second port in turn (Linux: the even ones first), so that a client's
+/// connections come to lie side by side.
+#[must_use]
+#[inline(always)]
+pub const fn direct_flow(key: &FlowKey) -> u32 {
+    /// 2 to the power of 16, divided by the golden ratio: spreads numbers that follow each other.
+    const SPREAD: u32 = 40_503;
+    let port_be = match key.direction {
+        FLOW_REVERSE => key.dport_be,
+        _ => key.sport_be,
+    };
+    let port = u16::from_be(port_be);
+    (port.rotate_right(1) as u32).wrapping_add(key.endpoint.wrapping_mul(SPREAD))
+        & (DIRECT_FLOWS - 1)
+}
+
+/// [`Connection::state`]: nothing is here. The other bits are a number that is another each time the place is taken.
+pub const PLACE_EMPTY: u64 = 0;
+/// Somebody writes a connection here.
+pub const PLACE_TAKEN: u64 = 1;
+/// There is a connection here.
+pub const PLACE_LIVE: u64 = 2;
+/// The bits of [`Connection::state`] that say which of these.
+pub const PLACE_BITS: u64 = 3;
+
+/// A place of `FLOWS_DIRECT`: both entries of a connection whose client port is the same on both sides and that is no
+/// hairpin. They come and go together, by one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Connection {
+    /// `PLACE_...`, and which connection it is of those that the place has had.
+    pub state: u64,
+    /// The key of the forward entry.
+    pub key: FlowKey,
+    /// Kernel monotonic time at which an entry whose place this is was last put into `FLOWS`, seconds, at least 1; 0: `FLOWS` has
+    /// none, and need not be asked.
+    pub spilled_s: u32,
+    /// The forward entry.
+    pub forward: Flow,
+    /// The reverse entry.
+    pub reverse: Flow,
+}
+
+impl Connection {
+    /// Whether the forward entry's key is this one.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_asked_by(&self, key: &FlowKey) -> bool {
+        key.sport_be == self.key.sport_be
+            && key.dport_be == self.key.dport_be
+            && key.endpoint == self.key.endpoint
+            && key.dst == self.key.dst
+            && key.src == self.key.src
+    }
+
+    /// Whether the reverse entry's key is this one.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_answered_by(&self, key: &FlowKey) -> bool {
+        key.sport_be == self.forward.port_be
+            && key.dport_be == self.forward.client_port_be
+            && key.endpoint == self.key.endpoint
+            && key.src == self.forward.addr
+            && key.dst == self.key.src
+    }
+
+    /// The key of the reverse entry.
+    #[must_use]
+    pub const fn reverse_key(&self) -> FlowKey {
+        FlowKey {
+            src: self.forward.addr,
+            dst: self.key.src,
+            sport_be: self.forward.port_be,
+            dport_be: self.forward.client_port_be,
+            endpoint: self.key.endpoint,
+            proto: self.key.proto,
+            direction: FLOW_REVERSE,
+            pad: 0,
+        }
+    }
+}
+
 /// What one CPU counted of a VIP or of a backend. The packets of an aggregate (GSO, GRO) count one by one, its
 /// bytes as it is: IP header and payload, one header per aggregate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -621,6 +708,7 @@ const _: () = {
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<FlowKey>() == 44);
     assert!(size_of::<Flow>() == 56);
+    assert!(size_of::<Connection>() == 168);
     assert!(size_of::<Peer>() == 8);
     assert!(size_of::<FragmentKey>() == 44);
     assert!(size_of::<Fragment>() == 56);

@@ -2,7 +2,7 @@
 
 use ebpf_common::layout::{Config, FLOW_QUEUED, FlowKey, age_tag};
 
-use super::{forget_connection, gives_way};
+use super::{find, forget_connection, gives_way};
 use crate::maps::{self, Table};
 
 /// Puts a connection that opens, or is over, behind the others that give way; its client's first number is `isn_be`.
@@ -63,7 +63,7 @@ fn give_way(config: &Config) -> Turn {
     };
     let tag = key.pad;
     key.pad = 0;
-    let Some(entry) = Table::Connections.get(&key) else {
+    let Some(entry) = find(&key) else {
         return Turn::Stayed;
     };
     // Another connection has the tuple by now: it has a place of its own.

@@ -5,7 +5,7 @@ use ebpf_common::layout::{
     Flow, FlowKey,
 };
 
-use super::{ENDED, ageing::age, belongs_to, forward_key, is_over, reverse_key, tell_closed};
+use super::{ENDED, ageing::age, find, forward_key, is_over, reverse_key, reverse_of, tell_closed};
 use crate::{
     header::TCP_RST,
     log,
@@ -17,9 +17,7 @@ use crate::{
 #[inline(never)]
 pub(crate) fn close_forward(config: &Config, packet: &mut Packet, forward: Entry) {
     let bits = ending(packet, FLOW_FIN_CLIENT);
-    let reverse = Table::Connections
-        .get(&reverse_key(config, &packet.key, forward.flow()))
-        .filter(|reverse| belongs_to(reverse.flow(), &packet.key, forward.flow()));
+    let reverse = reverse_of(config, &packet.key, forward);
     let before = reverse.map_or(bits, |reverse| reverse.set(bits));
     if end(config, &mut packet.key, forward, bits) {
         log::ended(packet, forward.flow().born_s);
@@ -44,12 +42,19 @@ pub(super) fn close_reverse(config: &Config, packet: &Packet, reverse: Entry, se
         bits |= FLOW_LAST_ACK;
     }
     let mut key = forward_key(&packet.key, reverse.flow(), sender);
-    if let Some(forward) = Table::Connections.get(&key)
-        && answers_to(forward.flow(), &packet.key)
+    if let Some(forward) = forward_of(&key, &packet.key, reverse)
         && end(config, &mut key, forward, bits)
     {
         log::ended(packet, reverse.flow().born_s);
     }
+}
+
+/// The forward entry, with this key, of the connection with this reverse entry.
+#[inline(always)]
+fn forward_of(key: &FlowKey, reverse_key: &FlowKey, reverse: Entry) -> Option<Entry> {
+    reverse
+        .other()
+        .or_else(|| find(key).filter(|forward| answers_to(forward.flow(), reverse_key)))
 }
 
 /// Whether a forward entry is of the flow whose reverse entry has this key.
@@ -77,12 +82,12 @@ fn is_last_fin(packet: &Packet, fin: u32, before: u32, reverse: Entry) -> bool {
 /// Forgets a connection that is over where the client's segment is its last.
 #[inline(never)]
 pub(crate) fn finish_forward(config: &Config, packet: &Packet, forward: Entry) {
-    let key = reverse_key(config, &packet.key, forward.flow());
-    if let Some(reverse) = Table::Connections.get(&key)
-        && belongs_to(reverse.flow(), &packet.key, forward.flow())
+    if let Some(reverse) = reverse_of(config, &packet.key, forward)
         && packet.acknowledges(reverse.number_be())
     {
-        Table::Connections.remove(&key);
+        if forward.other().is_none() {
+            Table::Connections.remove(&reverse_key(config, &packet.key, forward.flow()));
+        }
         Table::Connections.remove(&packet.key);
     }
 }
@@ -94,11 +99,11 @@ pub(super) fn finish_reverse(packet: &Packet, reverse: Entry, sender: u32) {
         return;
     }
     let key = forward_key(&packet.key, reverse.flow(), sender);
-    if let Some(forward) = Table::Connections.get(&key)
-        && answers_to(forward.flow(), &packet.key)
-    {
+    if forward_of(&key, &packet.key, reverse).is_some() {
         Table::Connections.remove(&packet.key);
-        Table::Connections.remove(&key);
+        if reverse.other().is_none() {
+            Table::Connections.remove(&key);
+        }
     }
 }
 

@@ -70,8 +70,7 @@ impl Node {
         }
         self.pressed = self.books.pressed(&counted, self.parts.settings.quota);
         self.parts.gauges.send_modify(|gauges| {
-            let maps = ["FLOWS", "FLOWS_LRU"].into_iter();
-            gauges.flows = maps.zip(census.kept.iter().copied()).collect();
+            gauges.flows = census.kept.clone();
             gauges.flows_removed += census.removed;
         });
         self.census = Some(census);

@@ -13,10 +13,8 @@ use std::{
 };
 
 use aya::maps::{MapData, MapError};
-use ebpf_common::layout::{Flow, FlowKey};
 
-use super::{DatapathError, object::map_error, raw::Raw};
-use crate::janitor::{FlowSource, Page};
+use super::{DatapathError, object::map_error};
 
 /// `enum bpf_cmd` in `linux/bpf.h`.
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
@@ -73,7 +71,7 @@ fn is_full(error: &io::Error) -> bool {
 }
 
 /// Some entries of a walk, and the token of those after them; `None` at the end.
-type Entries<K, V> = (Vec<(K, V)>, Option<u32>);
+pub(super) type Entries<K, V> = (Vec<(K, V)>, Option<u32>);
 
 /// A hash map or array, by many entries at once.
 #[derive(Debug)]
@@ -138,7 +136,15 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
     }
 
     /// The next entries after the token `at`.
-    fn page(&self, at: Option<u32>) -> io::Result<Entries<K, V>> {
+    pub(super) fn page(&self, at: Option<u32>) -> Result<Entries<K, V>, DatapathError> {
+        self.read_page(at).map_err(|source| DatapathError::Batch {
+            map: self.name,
+            what: "be read",
+            source,
+        })
+    }
+
+    fn read_page(&self, at: Option<u32>) -> io::Result<Entries<K, V>> {
         let mut keys: Vec<K> = Vec::with_capacity(STEP);
         let mut values: Vec<V> = Vec::with_capacity(STEP);
         let from = at.unwrap_or(0);
@@ -179,11 +185,7 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
     pub(super) fn each(&self, mut take: impl FnMut(K, V)) -> Result<(), DatapathError> {
         let mut at = None;
         loop {
-            let (entries, next) = self.page(at).map_err(|source| DatapathError::Batch {
-                map: self.name,
-                what: "be read",
-                source,
-            })?;
+            let (entries, next) = self.page(at)?;
             for (key, value) in entries {
                 take(key, value);
             }
@@ -297,56 +299,5 @@ impl<K: aya::Pod, V: aya::Pod> Batch<K, V> {
             }
             removed => Ok(removed.is_ok()),
         }
-    }
-}
-
-/// One of the two flow maps.
-pub struct FlowTable {
-    map: Batch<Raw<FlowKey>, Raw<Flow>>,
-    /// Where the walk goes on; `None` is at the start.
-    at: Option<u32>,
-}
-
-impl FlowTable {
-    pub(super) fn open(name: &'static str, path: &Path) -> Result<Self, DatapathError> {
-        Ok(Self {
-            map: Batch::open(name, path)?,
-            at: None,
-        })
-    }
-
-    /// The entry of `key` as it is now.
-    ///
-    /// # Errors
-    /// When the map cannot be read.
-    pub fn get(&self, key: &FlowKey) -> Result<Option<Flow>, DatapathError> {
-        Ok(self.map.get(&Raw(*key))?.map(|flow| flow.0))
-    }
-}
-
-impl FlowSource for FlowTable {
-    fn next_page(&mut self) -> Result<Page, DatapathError> {
-        let page = self.map.page(self.at.take());
-        let (flows, next) = page.map_err(|source| DatapathError::Batch {
-            map: self.map.name,
-            what: "be read",
-            source,
-        })?;
-        self.at = next;
-        Ok(Page {
-            flows: flows
-                .into_iter()
-                .map(|(key, flow)| (key.0, flow.0))
-                .collect(),
-            is_last: next.is_none(),
-        })
-    }
-
-    fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
-        self.map.remove(&Raw(*key))
-    }
-
-    fn rewind(&mut self) {
-        self.at = None;
     }
 }

@@ -166,8 +166,10 @@ impl BpfDatapath {
     /// # Errors
     /// When they cannot be opened.
     pub fn flow_tables(&self) -> Result<[FlowTable; 2], DatapathError> {
-        let open = |name| FlowTable::open(name, &self.maps.join(name));
-        Ok([open("FLOWS")?, open("FLOWS_LRU")?])
+        Ok([
+            FlowTable::connections(&self.maps)?,
+            FlowTable::datagrams(&self.maps)?,
+        ])
     }
 
     /// The accounts of the endpoints' flows.

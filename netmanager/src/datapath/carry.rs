@@ -7,7 +7,7 @@ use std::path::Path;
 
 use ebpf_common::layout::{self, Config, Flow, FlowKey};
 
-use super::{DatapathError, Sizes, batch::Batch, object::entries};
+use super::{DatapathError, Sizes, batch::Batch, object::entries, places::FLOWS_DIRECT};
 
 mod flows;
 
@@ -37,7 +37,7 @@ fn resized<const S: usize, const T: usize>(value: [u8; S]) -> [u8; T] {
 /// Maps that are not shared between the layouts: they have other forms, or what they hold is only true of one's flows
 /// (a queue of keys that are no more would use up every turn of who looks for room).
 pub(super) fn differs(name: &str) -> bool {
-    matches!(name, "CONFIG" | "VIPS" | "AGEING") || FLOWS.contains(&name)
+    matches!(name, "CONFIG" | "VIPS" | "AGEING" | FLOWS_DIRECT) || FLOWS.contains(&name)
 }
 
 /// Copies the entries that are kept from one map to another, each value in the other's form.

@@ -5,7 +5,7 @@ use std::path::Path;
 use aya::maps::{Array, HashMap, MapData};
 use ebpf_common::layout::{Addr, Backend, Endpoint, Flow, FlowKey, PROTO_TCP, Peer, Vip, VipKey};
 
-use super::{DatapathError, object::open_map, raw::Raw};
+use super::{DatapathError, FlowTable, object::open_map, raw::Raw};
 use crate::observe::trace::{Maps, Place};
 
 /// See the module. What cannot be read is taken for absent.
@@ -15,8 +15,8 @@ pub struct Live {
     backends: Array<MapData, Raw<Backend>>,
     local: HashMap<MapData, Raw<Addr>, Raw<Endpoint>>,
     peers: HashMap<MapData, Raw<Addr>, Raw<Peer>>,
-    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
-    recent: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
+    connections: FlowTable,
+    datagrams: FlowTable,
 }
 
 impl Live {
@@ -28,8 +28,8 @@ impl Live {
             backends: open_map(&maps.join("BACKENDS"), "BACKENDS")?,
             local: open_map(&maps.join("LOCAL"), "LOCAL")?,
             peers: open_map(&maps.join("PEERS"), "PEERS")?,
-            flows: open_map(&maps.join("FLOWS"), "FLOWS")?,
-            recent: open_map(&maps.join("FLOWS_LRU"), "FLOWS_LRU")?,
+            connections: FlowTable::connections(maps)?,
+            datagrams: FlowTable::datagrams(maps)?,
         })
     }
 }
@@ -57,10 +57,10 @@ impl Maps for Live {
     }
 
     fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        let connection = (key.proto == PROTO_TCP)
-            .then(|| self.flows.get(&Raw(*key), 0).ok())
-            .flatten();
-        let found = connection.or_else(|| self.recent.get(&Raw(*key), 0).ok());
-        found.map(|flow| flow.0)
+        let table = match key.proto {
+            PROTO_TCP => &self.connections,
+            _ => &self.datagrams,
+        };
+        table.get(key).ok().flatten()
     }
 }

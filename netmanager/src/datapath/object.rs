@@ -9,8 +9,8 @@ use aya::{
 };
 use ebpf_common::{
     layout::{
-        Account, Addr, Backend, Config, Count, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
-        LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
+        Account, Addr, Backend, Config, Connection, Count, Endpoint, Flow, FlowKey, Fragment,
+        FragmentKey, LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
     },
     splice::{Half, Offsets, Splice},
 };
@@ -33,7 +33,7 @@ pub(super) static OBJECT_1: &[u8] = aya::include_bytes_aligned!(concat!(
 ));
 
 /// Every map, with the bytes of its key and value.
-pub(super) const MAPS: [(&str, usize, usize); 28] = [
+pub(super) const MAPS: [(&str, usize, usize); 29] = [
     ("CONFIG", 4, size_of::<Config>()),
     ("ENDPOINTS", 4, size_of::<Endpoint>()),
     ("LOCAL", size_of::<Addr>(), size_of::<Endpoint>()),
@@ -42,6 +42,7 @@ pub(super) const MAPS: [(&str, usize, usize); 28] = [
     ("VIPS", size_of::<VipKey>(), size_of::<Vip>()),
     ("SLOTS", 4, 4),
     ("BACKENDS", 4, size_of::<Backend>()),
+    ("FLOWS_DIRECT", 4, size_of::<Connection>()),
     ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FLOWS_LRU", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<Fragment>()),

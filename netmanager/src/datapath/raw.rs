@@ -19,3 +19,13 @@ plain!(
     RefusedKey, Settled, Vip, VipKey
 );
 plain!(splice: Offsets);
+
+/// The bytes of a layout type.
+pub(super) fn bytes_of<T, const N: usize>(value: &T) -> [u8; N]
+where
+    Raw<T>: aya::Pod,
+{
+    const { assert!(size_of::<T>() == N) }
+    // SAFETY: of that size, and plain initialized bytes (`Pod`).
+    unsafe { std::ptr::from_ref(value).cast::<[u8; N]>().read() }
+}

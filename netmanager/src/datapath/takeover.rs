@@ -39,10 +39,12 @@ use super::{
     batch::Batch,
     bpffs,
     carry::{self, Pass},
+    flow_table::now_s,
     object::{
         MAPS, OBJECT, OBJECT_1, entries, load, load_program, map_error, open_map, program,
         program_error,
     },
+    places::{FLOWS_DIRECT, Places},
     raw::Raw,
     splice,
     stem::{self, PROGRAMS},
@@ -197,7 +199,12 @@ pub(super) fn take_over(bpffs: &Path, sizes: &Sizes) -> Result<(Ebpf, PathBuf), 
                 bpffs::remove(&own.maps)?;
                 bpffs::directory(&own.maps)?;
             }
+            let is_asked = source.is_none() || own.maps.join(FLOWS_DIRECT).exists();
             let mut object = load(OBJECT, &own.maps, bpffs, sizes)?;
+            if !is_asked {
+                // A version that knew no places has left connections.
+                Places::open(&own.maps.join(FLOWS_DIRECT))?.ask_flows(now_s());
+            }
             for hook in Hook::ALL {
                 load_program(&mut object, hook.names().1)?;
             }
@@ -311,7 +318,13 @@ fn prepare(
                 source: error,
             })?;
     }
+    let places = next.maps.join(FLOWS_DIRECT);
+    let is_asked = next.layout == PREVIOUS || places.exists();
     let mut object = load(object, &next.maps, bpffs, sizes)?;
+    if !is_asked {
+        // All connections are brought to `FLOWS`.
+        Places::open(&places)?.ask_flows(now_s());
+    }
     for hook in Hook::ALL {
         load_program(&mut object, hook.names().1)?;
     }

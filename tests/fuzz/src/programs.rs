@@ -114,6 +114,7 @@ fn stage() -> Stage {
         flows: 256,
         recent: 4096,
         ageing: AGEING,
+        ..Sizes::default()
     });
     stage.limit(CLIENT, QUOTA);
     for (service, policy, backends) in SERVICES {

@@ -11,7 +11,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Map, MapData, PerCpuArray};
 use ebpf_common::{
     addr::{Mesh6, NODE_ENDPOINT, Name6},
     layout::{Flow, FlowKey, LAYOUT_VERSION},
@@ -34,7 +34,9 @@ use weft_netmanager::{
 };
 
 use super::{SOON, TUNNEL_PORT, nth, service, underlay};
-use crate::{Netns, Process, binary, program::bytes::Bytes, wait_for};
+use weft_netmanager::{datapath::FlowTable, janitor::FlowSource};
+
+use crate::{Netns, Process, binary, wait_for};
 
 /// See the module.
 #[derive(Debug)]
@@ -256,20 +258,21 @@ impl Node {
         reasons(&self.pin("REASONS"))
     }
 
-    /// The entries of `FLOWS`.
+    /// The entries of connections, wherever they are.
     ///
     /// # Panics
-    /// When the map is not pinned.
+    /// When the maps are not pinned.
     #[must_use]
     pub fn established(&self) -> Vec<(FlowKey, Flow)> {
-        let map = Map::HashMap(MapData::from_pin(self.pin("FLOWS")).unwrap());
-        let table: HashMap<MapData, [u8; size_of::<FlowKey>()], [u8; size_of::<Flow>()]> =
-            map.try_into().unwrap();
-        table
-            .iter()
-            .map(Result::unwrap)
-            .map(|(key, flow)| (FlowKey::from_slice(&key), Flow::from_slice(&flow)))
-            .collect()
+        let mut table = FlowTable::connections(&self.pin("FLOWS").with_file_name("")).unwrap();
+        let mut all = Vec::new();
+        loop {
+            let page = table.next_page().unwrap();
+            all.extend(page.flows);
+            if page.is_last {
+                return all;
+            }
+        }
     }
 
     /// Where a map is pinned.

@@ -4,8 +4,8 @@
 //! them with. Integers are in native order, as the kernel reads them.
 
 use ebpf_common::layout::{
-    Account, Addr, Backend, Config, Count, Endpoint, Event, Flow, FlowKey, LogConfig, LogState,
-    Peer, RefusedKey, Settled, Vip, VipKey,
+    Account, Addr, Backend, Config, Connection, Count, Endpoint, Event, Flow, FlowKey, LogConfig,
+    LogState, Peer, RefusedKey, Settled, Vip, VipKey,
 };
 
 /// A value that stands in map memory.
@@ -69,6 +69,7 @@ macro_rules! structs {
 }
 structs! {
     Addr { words }
+    Connection { state, key, spilled_s, forward, reverse }
     Config { seed, mesh6, mesh4, node6, node4, mesh4_len, node, tunnel_ifindex, tunnel_mtu, flags, hold_until_s }
     Endpoint { addr6, addr4, number, ifindex, flags, quota, mac, host_mac, pad }
     VipKey { addr, port_be, proto, pad }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A connection's place depends on the layout: 1 has TCP that opens or is over in `FLOWS_LRU`, beside shadows of what
-//! is established; 2 has all of TCP in `FLOWS`. So a [`Pair`] takes only some entries of its source, and an entry may
+//! is established; 2 has all of TCP in `FLOWS` and in places of `FLOWS_DIRECT`, which only layout 2 knows. So a [`Pair`] takes only some entries of its source, and an entry may
 //! go from one pair to another between two passes.
 
 use std::{cmp::Reverse, collections::HashMap, mem::offset_of, path::Path};
@@ -15,7 +15,12 @@ use std::{cmp::Reverse, collections::HashMap, mem::offset_of, path::Path};
 use ebpf_common::layout::{self, FLOW_FORWARD, Flow, FlowKey, PROTO_TCP};
 
 use super::{FLOW, FLOW_1, FLOWS, KEY, resized};
-use crate::datapath::{DatapathError, batch::Batch};
+use crate::datapath::{
+    DatapathError,
+    batch::Batch,
+    places::{FLOWS_DIRECT, Places},
+    raw::bytes_of,
+};
 
 /// Where a key has its protocol and direction, and a value of either layout its flags and when it was used last.
 const PROTO: usize = offset_of!(FlowKey, proto);
@@ -75,6 +80,8 @@ struct Pair<const S: usize, const T: usize> {
     /// Takes no room that others need.
     is_guest: bool,
     from: Batch<Key, [u8; S]>,
+    /// Where more of its source is.
+    places: Option<Places>,
     to: Batch<Key, [u8; T]>,
     /// What was met in this pass.
     keys: Vec<Key>,
@@ -116,13 +123,17 @@ impl Carrier<FLOW, FLOW_1> {
     /// From layout 2 to 1.
     fn down(from: &Path, to: &Path) -> Result<Self, DatapathError> {
         let [established, recent] = FLOWS;
+        let mut settled = Pair::open((established, from), (established, to), |_, flow| {
+            is_settled(flags_of(flow))
+        })?;
         let mut opening = Pair::open((established, from), (recent, to), |_, _| true)?;
         opening.is_guest = true;
+        for pair in [&mut settled, &mut opening] {
+            pair.places = Some(Places::open(&from.join(FLOWS_DIRECT))?);
+        }
         Ok(Self {
             pairs: vec![
-                Pair::open((established, from), (established, to), |_, flow| {
-                    is_settled(flags_of(flow))
-                })?,
+                settled,
                 opening,
                 Pair::open((recent, from), (recent, to), |key, _| !is_tcp(key))?,
             ],
@@ -209,6 +220,7 @@ impl<const S: usize, const T: usize> Pair<S, T> {
             takes,
             is_guest: false,
             from: Batch::open(from, &from_maps.join(from))?,
+            places: None,
             to: Batch::open(to, &to_maps.join(to))?,
             keys: Vec::new(),
             values: Vec::new(),
@@ -220,13 +232,17 @@ impl<const S: usize, const T: usize> Pair<S, T> {
     fn meet(&mut self, met: &mut Met) -> Result<(), DatapathError> {
         let others = met.values().filter(|to| **to == self.to.name()).count();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        self.from.each(|key, value| {
+        let mut look = |key: Key, value: [u8; S]| {
             if (self.takes)(&key, &value) && !met.contains_key(&key) {
                 met.insert(key, self.to.name());
                 keys.push(key);
                 values.push(moved(value));
             }
-        })?;
+        };
+        self.from.each(&mut look)?;
+        for (key, flow) in self.places.iter().flat_map(Places::all) {
+            look(bytes_of(&key), resized::<FLOW, S>(bytes_of(&flow)));
+        }
         if self.is_guest {
             self.leave_room(others, &mut keys, &mut values)?;
         }

@@ -33,7 +33,8 @@ pub(super) fn check(stage: &mut Stage) {
     for table in [&connections, &datagrams] {
         pairs(table);
     }
-    let lingering = forward(&connections)
+    let shared: BTreeMap<_, _> = stage.node.shared("FLOWS").into_iter().collect();
+    let lingering = forward(&shared)
         .filter(|(_, flow)| flow.flags & FLOW_ESTABLISHED == 0 || is_over(flow))
         .count();
     assert!(
