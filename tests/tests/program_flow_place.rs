@@ -4,8 +4,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use ebpf_common::{
     addr::Policy,
     layout::{
-        ACCOUNT_TCP, Connection, DIRECT_FLOWS, FLOW_FORWARD, Flow, FlowKey, PLACE_BITS, PLACE_LIVE,
-        direct_flow,
+        ACCOUNT_TCP, Connection, FLOW_FORWARD, Flow, FlowKey, PLACE_BITS, PLACE_LIVE, direct_flow,
     },
 };
 use weft_netmanager::{
@@ -233,6 +232,24 @@ fn walk(table: &mut FlowTable) -> Vec<(&'static str, FlowKey, Flow)> {
     }
 }
 
+/// How many places a datapath of small sizes has.
+const FEW: u32 = 8;
+
+/// Two connections for each of the places of a small datapath, by the place.
+fn connections() -> Vec<[Connection; 2]> {
+    let mut places = vec![Vec::new(); FEW as usize];
+    for port in 1..u16::MAX {
+        let connection = connection(port);
+        if let Some(place) = places.get_mut(direct_flow(&connection.key) as usize) {
+            place.push(connection);
+        }
+    }
+    places
+        .into_iter()
+        .map(|place| [place[0], place[1]])
+        .collect()
+}
+
 /// A connection as the programs would have put it into its place.
 fn connection(port: u16) -> Connection {
     let key = FlowKey {
@@ -272,14 +289,16 @@ fn places(data: MapData) -> Array<MapData, [u8; PLACE]> {
 fn user_space_walks_judges_and_removes_both_entries_of_a_place_as_one() {
     let pinned = Pinned::open();
     let mut places = places(pinned.map("FLOWS_DIRECT"));
-    assert_eq!(places.len(), DIRECT_FLOWS);
+    assert_eq!(places.len(), FEW);
     let mut put = |connection: &Connection| {
         let place = direct_flow(&connection.key);
         let bytes = connection.to_array::<PLACE>();
         places.set(place, bytes, 0).expect("a place");
         place
     };
-    let (first, second) = (connection(40_000), connection(41_000));
+    let [[first, gone], [second, _]] = connections()[..2] else {
+        panic!("there are more places");
+    };
     let at = put(&first);
     put(&second);
     let mut table = FlowTable::connections(&pinned.maps()).expect("it opens");
@@ -294,7 +313,6 @@ fn user_space_walks_judges_and_removes_both_entries_of_a_place_as_one() {
     assert!(found.iter().any(|(_, key, _)| *key == first.reverse_key()));
     assert!(table.get(&first.reverse_key()).unwrap().is_some());
     // Another connection than the one that the place has.
-    let gone = connection(39_998);
     assert!(!table.remove(&gone.key).unwrap());
     assert!(table.remove(&first.reverse_key()).unwrap());
     assert!(!table.remove(&first.key).unwrap());
@@ -307,9 +325,18 @@ fn user_space_walks_judges_and_removes_both_entries_of_a_place_as_one() {
 #[ignore = "needs CAP_NET_ADMIN: cargo xtask netns"]
 fn the_shared_table_is_spared_again_once_nothing_of_a_place_is_in_it() {
     let mut pinned = Pinned::open();
-    let key = connection(40_000).key;
-    let flow = connection(40_000).forward;
-    let other = connection(50_001).key;
+    let [
+        [
+            Connection {
+                key, forward: flow, ..
+            },
+            _,
+        ],
+        [Connection { key: other, .. }, _],
+    ] = connections()[..2]
+    else {
+        panic!("there are more places");
+    };
     let mut places = places(pinned.map("FLOWS_DIRECT"));
     for key in [&key, &other] {
         let spilled = Connection {

@@ -7,7 +7,12 @@ use std::path::Path;
 
 use ebpf_common::layout::{self, Config, Flow, FlowKey};
 
-use super::{DatapathError, Sizes, batch::Batch, object::entries, places::FLOWS_DIRECT};
+use super::{
+    DatapathError, Sizes,
+    batch::Batch,
+    object::entries,
+    places::{FLOWS_DIRECT, Places},
+};
 
 mod flows;
 
@@ -108,6 +113,12 @@ pub(super) fn check_room((layout, maps): (u32, &Path), sizes: &Sizes) -> Result<
             &maps.join("FLOWS"),
         )?)?
     };
+    if layout != 1 && maps.join(FLOWS_DIRECT).exists() {
+        let places = Places::open(&maps.join(FLOWS_DIRECT))?;
+        if entries(FLOWS_DIRECT, sizes) != Some(places.len()) {
+            flows.2 += places.all().count() as u32;
+        }
+    }
     match needs.into_iter().find(|(_, given, used)| used > given) {
         Some((option, given, used)) => Err(DatapathError::NoRoom {
             option,

@@ -9,14 +9,15 @@ use aya::{
 };
 use ebpf_common::{
     layout::{
-        Account, Addr, Backend, Config, Connection, Count, Endpoint, Flow, FlowKey, Fragment,
-        FragmentKey, LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
+        Account, Addr, Backend, Config, Connection, Count, DIRECT_FLOWS, Endpoint, Flow, FlowKey,
+        Fragment, FragmentKey, LogConfig, LogState, Peer, RefusedKey, Settled, Vip, VipKey,
     },
     splice::{Half, Offsets, Splice},
 };
 
 use super::{
     DatapathError, Sizes,
+    places::FLOWS_DIRECT,
     stem::{self, PROGRAMS},
 };
 
@@ -42,7 +43,7 @@ pub(super) const MAPS: [(&str, usize, usize); 29] = [
     ("VIPS", size_of::<VipKey>(), size_of::<Vip>()),
     ("SLOTS", 4, 4),
     ("BACKENDS", 4, size_of::<Backend>()),
-    ("FLOWS_DIRECT", 4, size_of::<Connection>()),
+    (FLOWS_DIRECT, 4, size_of::<Connection>()),
     ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FLOWS_LRU", size_of::<FlowKey>(), size_of::<Flow>()),
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<Fragment>()),
@@ -76,6 +77,7 @@ pub(super) fn entries(name: &str, sizes: &Sizes) -> Option<u32> {
         "BACKENDS" | "BACKEND_COUNTS" => Some(sizes.backends),
         // A VIP has two entries at least: itself and a port.
         "VIP_COUNTS" => Some((sizes.vips / 2).max(2)),
+        FLOWS_DIRECT => Some((sizes.flows / 8).clamp(1, DIRECT_FLOWS)),
         "FLOWS" => Some(sizes.flows),
         "FLOWS_LRU" => Some(sizes.flows / 2),
         _ => None,

@@ -12,12 +12,14 @@
 
 use std::{cmp::Reverse, collections::HashMap, mem::offset_of, path::Path};
 
+use aya::maps::MapInfo;
 use ebpf_common::layout::{self, FLOW_FORWARD, Flow, FlowKey, PROTO_TCP};
 
 use super::{FLOW, FLOW_1, FLOWS, KEY, resized};
 use crate::datapath::{
     DatapathError,
     batch::Batch,
+    object::map_error,
     places::{FLOWS_DIRECT, Places},
     raw::bytes_of,
 };
@@ -96,9 +98,30 @@ type Met = HashMap<Key, &'static str>;
 impl<const S: usize, const T: usize> Carrier<S, T> {
     fn alike(names: &[&'static str], from: &Path, to: &Path) -> Result<Self, DatapathError> {
         let pair = |&name: &&'static str| Pair::open((name, from), (name, to), |_, _| true);
-        let pairs = names.iter().map(pair).collect::<Result<_, _>>()?;
+        let mut pairs: Vec<Pair<S, T>> = names.iter().map(pair).collect::<Result<_, _>>()?;
+        let [connections, _] = FLOWS;
+        if let Some(pair) = pairs.iter_mut().find(|pair| pair.to.name() == connections) {
+            pair.places = left_behind(from, to)?;
+        }
         Ok(Self { pairs })
     }
+}
+
+/// The places in `from` that those in `to` are not.
+fn left_behind(from: &Path, to: &Path) -> Result<Option<Places>, DatapathError> {
+    let (from, to) = (from.join(FLOWS_DIRECT), to.join(FLOWS_DIRECT));
+    if !from.exists() {
+        return Ok(None);
+    }
+    let id = |path: &Path| {
+        MapInfo::from_pin(path)
+            .map(|info| info.id())
+            .map_err(|source| map_error(FLOWS_DIRECT, "be asked", source))
+    };
+    if to.exists() && id(&from)? == id(&to)? {
+        return Ok(None);
+    }
+    Places::open(&from).map(Some)
 }
 
 impl Carrier<FLOW_1, FLOW> {

@@ -77,7 +77,17 @@ pub(crate) const VIP: &[Gate] = &[
     at_least(case::VIP, Metric::RequestResponse, case::DIRECT, 1.00),
     at_least(case::VIP, Metric::Connections, case::DIRECT, 1.00),
     at_least(case::VIP, Metric::Connections, case::NFTABLES, 1.15),
-    at_least(case::SPLICED, Metric::RequestResponse, case::DIRECT, 1.50),
+    at_least(case::VIP, Metric::RequestResponseOneCpu, case::DIRECT, 1.00),
+    at_least(case::VIP, Metric::ConnectionsOneCpu, case::DIRECT, 1.00),
+    at_least(case::VIP, Metric::ConnectionsOneCpu, case::NFTABLES, 1.15),
+    // Between two CPUs it is their wake-ups that are measured, which splicing cannot spare.
+    at_least(
+        case::SPLICED,
+        Metric::RequestResponseOneCpu,
+        case::DIRECT,
+        1.50,
+    ),
+    at_least(case::SPLICED, Metric::RequestResponse, case::DIRECT, 1.00),
     UDP,
 ];
 

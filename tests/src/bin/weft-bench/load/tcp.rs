@@ -13,7 +13,7 @@ use nix::sys::{
     time::TimeVal,
 };
 
-use super::{CPUS, Metric, PATIENCE, Path, pin};
+use super::{Metric, PATIENCE, Path, pin};
 
 /// How much is written or read at once, bytes.
 const CHUNK: usize = 256 * 1024;
@@ -33,19 +33,19 @@ pub(super) fn measure(path: &Path<'_>, metric: Metric, time: Duration) -> Result
     thread::scope(|scope| {
         let server = scope.spawn(|| {
             path.server.run(|| {
-                pin(CPUS[1])?;
+                pin(metric.cpus()[1])?;
                 match metric {
                     Metric::Throughput => drain(&listener),
-                    Metric::Connections => accept(&listener),
+                    Metric::Connections | Metric::ConnectionsOneCpu => accept(&listener),
                     _ => answer(&listener),
                 }
             })
         });
         let client = path.client.run(|| {
-            pin(CPUS[0])?;
+            pin(metric.cpus()[0])?;
             match metric {
                 Metric::Throughput => pour(target, time),
-                Metric::Connections => connect(target, time),
+                Metric::Connections | Metric::ConnectionsOneCpu => connect(target, time),
                 Metric::Latency => ask_timed(target, time),
                 _ => ask(target, time),
             }
