@@ -47,7 +47,7 @@ pub(crate) struct Daemon {
     /// How long a cluster may be silent before it is lost; counts on the first start.
     #[arg(long, default_value = "10s", value_parser = duration)]
     lease: Duration,
-    /// Time between two heartbeats of the leader, and the limit of one message to another lead.
+    /// Time between two heartbeats of the leader, and the limit of one.
     #[arg(long, default_value = "250ms", value_parser = duration)]
     heartbeat: Duration,
     /// How long a lead believes in a silent leader before it stands for election; at least three heartbeats.

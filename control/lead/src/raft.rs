@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  propose --> Proposer --Batch--> openraft --> LogStore (redb, fsync)
-//!                                     |    `--> Network --TLS, h2--> the other leads' /raft/v1/...
+//!                                     |    `--> Link --> Network --TLS, h2--> the other leads' /raft/v1/...
 //!                                     v
 //!                                  Machine --> Replica (the Knowledge Base and its watchers)
 //! ```
@@ -15,6 +15,7 @@ mod disk;
 pub(crate) mod election;
 mod handover;
 mod join;
+mod link;
 mod log;
 mod machine;
 pub(crate) mod members;
@@ -37,6 +38,7 @@ pub use self::disk::DiskError;
 pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
+pub(crate) use self::link::APPEND;
 pub use self::recover::{RecoverError, Recovery, Survivor};
 use self::{
     disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network,
@@ -91,7 +93,7 @@ impl Default for Member {
 /// one `stagger` later for each lead that comes before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timers {
-    /// Between two heartbeats, and the limit of one AppendEntries, milliseconds.
+    /// Between two heartbeats, and the limit of one, milliseconds.
     pub heartbeat_ms: u64,
     /// How long a lead believes in a silent leader, milliseconds; at least three heartbeats.
     pub lease_ms: u64,

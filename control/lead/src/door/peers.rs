@@ -17,7 +17,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     lead::{Answer, Ask, AskError, Lead, SeatOf},
     members,
-    raft::{SEAT, STAND, Stand, decode, election, encode, network::TO},
+    raft::{APPEND, SEAT, STAND, Stand, decode, election, encode, network::TO},
 };
 
 /// The largest message of a lead, bytes.
@@ -27,7 +27,7 @@ type Reply = Result<Vec<u8>, (StatusCode, String)>;
 
 pub(crate) fn routes(lead: Arc<Lead>) -> Router {
     Router::new()
-        .route("/raft/v1/append", post(append))
+        .route(APPEND, post(append))
         .route(election::PATH, post(canvass))
         .route("/raft/v1/vote", post(vote))
         .route("/raft/v1/snapshot", post(snapshot))

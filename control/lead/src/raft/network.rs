@@ -17,25 +17,14 @@ use std::{
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use openraft::{
-    RaftNetwork, RaftNetworkFactory,
-    error::{InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable},
-    network::{Backoff, RPCOption},
-    raft::{
-        AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest,
-        InstallSnapshotResponse, VoteRequest, VoteResponse,
-    },
-};
+use openraft::error::{NetworkError, RPCError, RaftError, RemoteError, Unreachable};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Member, Types, decode, encode};
+use super::{Member, decode, encode};
 use crate::{dial::DialError, world::Wire};
 
 /// Names the member that a message of openraft's is for, by its id.
 pub(crate) const TO: &str = "to";
-
-/// How soon an unreachable lead is tried again.
-const RETRY: Duration = Duration::from_millis(250);
 
 /// Why a lead did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +103,15 @@ impl Network {
         }
     }
 
+    /// One lead, for openraft's messages.
+    pub(super) fn peer(&self, id: u64, member: &Member) -> Peer {
+        Peer {
+            id,
+            member: member.clone(),
+            network: self.clone(),
+        }
+    }
+
     /// Sends `message` to a lead and reads its answer.
     pub(crate) async fn post<Q: Serialize, A: DeserializeOwned>(
         &self,
@@ -122,7 +120,17 @@ impl Network {
         message: &Q,
         limit: Duration,
     ) -> Result<A, PostError> {
-        let body = encode(message)?;
+        self.send(member, path, encode(message)?, limit).await
+    }
+
+    /// Sends what is encoded already.
+    async fn send<A: DeserializeOwned>(
+        &self,
+        member: &Member,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<A, PostError> {
         let request = Request::builder()
             .method(Method::POST)
             .uri(format!("https://{}{path}", member.address))
@@ -155,46 +163,49 @@ impl Network {
     }
 }
 
-/// One lead, as openraft talks to it.
-#[derive(Debug)]
-pub(crate) struct Peer {
+/// One lead, for openraft's messages.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
     id: u64,
     member: Member,
     network: Network,
 }
 
-impl RaftNetworkFactory<Types> for Network {
-    type Network = Peer;
-
-    async fn new_client(&mut self, id: u64, member: &Member) -> Peer {
-        Peer {
-            id,
-            member: member.clone(),
-            network: self.clone(),
-        }
-    }
-}
-
-type Failure<E> = RPCError<u64, Member, RaftError<u64, E>>;
+/// Why one was not answered.
+pub(super) type Failure<E> = RPCError<u64, Member, RaftError<u64, E>>;
 
 impl Peer {
-    async fn ask<Q, A, E>(
+    /// Sends `message` and reads the answer.
+    pub(super) async fn ask<Q, A, E>(
         &self,
         path: &str,
         message: &Q,
-        option: &RPCOption,
+        limit: Duration,
     ) -> Result<A, Failure<E>>
     where
         Q: Serialize,
         A: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
     {
+        let body = encode(message).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+        self.send(path, body, limit).await
+    }
+
+    /// Like [`Peer::ask`], for what is encoded already.
+    pub(super) async fn send<A, E>(
+        &self,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<A, Failure<E>>
+    where
+        A: DeserializeOwned,
+        E: std::error::Error + DeserializeOwned,
+    {
         // A lead that was replaced may have another behind its address: its part is nobody else's.
         let path = format!("{path}?{TO}={}", self.id);
-        let answer: Result<Result<A, RaftError<u64, E>>, PostError> = self
-            .network
-            .post(&self.member, &path, message, option.hard_ttl())
-            .await;
+        let answer: Result<Result<A, RaftError<u64, E>>, PostError> =
+            self.network.send(&self.member, &path, body, limit).await;
         match answer {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(RPCError::RemoteError(RemoteError::new(self.id, error))),
@@ -203,35 +214,5 @@ impl Peer {
             }
             Err(error) => Err(RPCError::Network(NetworkError::new(&error))),
         }
-    }
-}
-
-impl RaftNetwork<Types> for Peer {
-    async fn append_entries(
-        &mut self,
-        message: AppendEntriesRequest<Types>,
-        option: RPCOption,
-    ) -> Result<AppendEntriesResponse<u64>, RPCError<u64, Member, RaftError<u64>>> {
-        self.ask("/raft/v1/append", &message, &option).await
-    }
-
-    async fn install_snapshot(
-        &mut self,
-        message: InstallSnapshotRequest<Types>,
-        option: RPCOption,
-    ) -> Result<InstallSnapshotResponse<u64>, Failure<InstallSnapshotError>> {
-        self.ask("/raft/v1/snapshot", &message, &option).await
-    }
-
-    async fn vote(
-        &mut self,
-        message: VoteRequest<u64>,
-        option: RPCOption,
-    ) -> Result<VoteResponse<u64>, RPCError<u64, Member, RaftError<u64>>> {
-        self.ask("/raft/v1/vote", &message, &option).await
-    }
-
-    fn backoff(&self) -> Backoff {
-        Backoff::new(std::iter::repeat(RETRY))
     }
 }
