@@ -13,6 +13,7 @@ use control_core::{
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::{
+    gather::pieces,
     lead::{Answer, Ask, Lead, Planned},
     leases::{failover, ready},
 };
@@ -87,7 +88,7 @@ fn decide(lead: &Lead, mesh: Option<&Mesh>, alarm: &mut Failover) -> Vec<Command
     lost.chain(planned).collect()
 }
 
-/// Proposes what was decided when everything up to entry `applied` was known.
+/// Proposes, piece by piece, what was decided when everything up to entry `applied` was known.
 async fn carry_out(lead: &Lead, applied: u64, commands: Vec<Command>) -> Round {
     if commands.is_empty() {
         lead.planned.send_replace(Planned {
@@ -97,28 +98,34 @@ async fn carry_out(lead: &Lead, applied: u64, commands: Vec<Command>) -> Round {
         return Round::Quiet;
     }
     tracing::debug!(count = commands.len(), "proposing what the plan says");
-    match lead.answer(Ask::Propose(commands.clone())).await {
-        Ok(Answer::Done(done)) => {
-            for (command, outcome) in commands.iter().zip(&done.outcomes) {
-                if let Err(refusal) = outcome {
-                    tracing::debug!(%refusal, ?command, "a planned command was refused");
+    let mut is_any_done = false;
+    let mut last = applied;
+    // What is decided late is refused where it does not fit any more, and planned anew.
+    for commands in pieces(commands) {
+        match lead.answer(Ask::Propose(commands.clone())).await {
+            Ok(Answer::Done(done)) => {
+                for (command, outcome) in commands.iter().zip(&done.outcomes) {
+                    if let Err(refusal) = outcome {
+                        tracing::debug!(%refusal, ?command, "a planned command was refused");
+                    }
                 }
+                is_any_done |= done.outcomes.iter().any(Result::is_ok);
+                last = done.index;
             }
-            lead.planned.send_replace(Planned {
-                seen: applied,
-                done: done.index,
-            });
-            if done.outcomes.iter().any(Result::is_ok) {
-                Round::Progress
-            } else {
-                Round::Stuck
+            Ok(_) => return Round::Stuck,
+            Err(error) => {
+                tracing::warn!(%error, "the plan was not committed");
+                return Round::Stuck;
             }
         }
-        Ok(_) => Round::Stuck,
-        Err(error) => {
-            tracing::warn!(%error, "the plan was not committed");
-            Round::Stuck
-        }
+    }
+    lead.planned.send_replace(Planned {
+        seen: applied,
+        done: last,
+    });
+    match is_any_done {
+        true => Round::Progress,
+        false => Round::Stuck,
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    gather::{QUEUE, gather, share},
+    gather::{QUEUE, Size, gather, share},
     lead::{ANSWER, ASK, Answer, Ask, AskError},
     raft::{Member, network::Network, propose::ProposeError},
 };
@@ -34,6 +34,7 @@ type Questions = Mutex<BTreeMap<(String, u64), Asked>>;
 struct Job {
     leader: Member,
     commands: Vec<Command>,
+    size: Size,
     reply: oneshot::Sender<Answered>,
 }
 
@@ -62,6 +63,7 @@ impl Courier {
         let (reply, answer) = oneshot::channel();
         let job = Job {
             leader: leader.clone(),
+            size: Size::of(&commands),
             commands,
             reply,
         };
@@ -103,7 +105,7 @@ async fn run(network: Network, mut queue: mpsc::Receiver<Job>) {
         tokio::select! {
             first = queue.recv() => {
                 let Some(first) = first else { return };
-                let jobs = gather(first, &mut queue, |job| job.commands.len()).await;
+                let jobs = gather(first, &mut queue, |job| job.size).await;
                 let network = network.clone();
                 under_way.spawn(async move { carry(&network, jobs).await });
             }

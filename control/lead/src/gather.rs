@@ -1,30 +1,81 @@
 //! Commands of several askers that travel as one batch, and to each asker its own part of what came of it.
 
-use std::time::Duration;
+use std::{ops::AddAssign, time::Duration};
 
+use control_core::command::Command;
 use tokio::{sync::mpsc, time::timeout};
 
-use crate::raft::propose::Done;
+use crate::raft::{self, propose::Done};
 
 /// How many askers may wait.
 pub(crate) const QUEUE: usize = 4096;
 /// How long the first job waits for others.
 const GATHER: Duration = Duration::from_millis(1);
-/// The most commands in one batch, unless one asker brings more.
-const BATCH: usize = 256;
+/// What fills a batch; the last asker's commands may go beyond it.
+const BATCH: Size = Size {
+    commands: 256,
+    bytes: 256 << 10,
+};
 
-/// The jobs that travel with `first`; `size` is how many commands one brings.
+/// How much a batch is: a lead that writes a large one, or reads it, does nothing else meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Size {
+    commands: usize,
+    bytes: usize,
+}
+
+impl Size {
+    /// The size of these.
+    pub(crate) fn of(commands: &[Command]) -> Self {
+        Self {
+            commands: commands.len(),
+            // What cannot be written is refused where it is to be.
+            bytes: commands.iter().filter_map(|it| raft::size(it).ok()).sum(),
+        }
+    }
+
+    fn is_full(self) -> bool {
+        self.commands >= BATCH.commands || self.bytes >= BATCH.bytes
+    }
+}
+
+impl AddAssign for Size {
+    fn add_assign(&mut self, other: Self) {
+        self.commands += other.commands;
+        self.bytes += other.bytes;
+    }
+}
+
+/// `commands` in pieces that are proposed one after the other.
+pub(crate) fn pieces(commands: Vec<Command>) -> Vec<Vec<Command>> {
+    let mut pieces: Vec<Vec<Command>> = Vec::new();
+    let mut size = Size::default();
+    for command in commands {
+        let own = Size::of(std::slice::from_ref(&command));
+        match pieces.last_mut().filter(|_| !size.is_full()) {
+            Some(piece) => piece.push(command),
+            None => {
+                pieces.push(vec![command]);
+                size = Size::default();
+            }
+        }
+        size += own;
+    }
+    pieces
+}
+
+/// The jobs that travel with `first`; `size` is what one brings.
 pub(crate) async fn gather<J>(
     first: J,
     queue: &mut mpsc::Receiver<J>,
-    size: impl Fn(&J) -> usize,
+    size: impl Fn(&J) -> Size,
 ) -> Vec<J> {
-    let mut count = size(&first);
+    let mut whole = size(&first);
     let mut jobs = vec![first];
     let more = async {
-        while count < BATCH {
+        while !whole.is_full() {
             let Some(job) = queue.recv().await else { break };
-            count += size(&job);
+            whole += size(&job);
             jobs.push(job);
         }
     };
@@ -57,6 +108,43 @@ mod tests {
 
     use super::*;
     use crate::raft::propose::ProposeError;
+
+    fn report_like(bytes: usize) -> Command {
+        Command::RevokeCertificate {
+            holder: "x".repeat(bytes),
+            certificate: None,
+        }
+    }
+
+    #[test]
+    fn what_is_too_much_for_one_batch_goes_in_pieces_and_in_order() {
+        let large = BATCH.bytes / 2;
+        for (sizes, want) in [
+            (vec![], vec![]),
+            (vec![1; 600], vec![256, 256, 88]),
+            (vec![large, large, 1, 1], vec![2, 2]),
+            (vec![4 * large, 1, 4 * large, 1], vec![1, 2, 1]),
+        ] {
+            let commands: Vec<_> = sizes.iter().map(|bytes| report_like(*bytes)).collect();
+            let pieces = pieces(commands.clone());
+            let lengths: Vec<_> = pieces.iter().map(Vec::len).collect();
+            assert_eq!(lengths, want);
+            assert_eq!(pieces.concat(), commands);
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_joins_a_batch_that_is_large_enough() {
+        let (jobs, mut queue) = mpsc::channel(8);
+        for _ in 0..3 {
+            jobs.send(vec![report_like(BATCH.bytes / 2)]).await.unwrap();
+        }
+        let size = |job: &Vec<Command>| Size::of(job);
+        let first = queue.recv().await.unwrap();
+        assert_eq!(gather(first, &mut queue, size).await.len(), 2);
+        let large = vec![report_like(BATCH.bytes)];
+        assert_eq!(gather(large, &mut queue, size).await.len(), 1);
+    }
 
     #[test]
     fn each_asker_gets_its_own_outcomes() {

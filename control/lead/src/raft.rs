@@ -33,7 +33,7 @@ use control_core::command::Outcome;
 use openraft::{Config, LogId, SnapshotPolicy, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::codec::{decode, encode};
+pub(crate) use self::codec::{decode, encode, size};
 pub use self::disk::DiskError;
 pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
@@ -138,6 +138,9 @@ impl Default for Compaction {
         }
     }
 }
+
+/// A part of a snapshot, bytes; with its encoding it gets there within the limit where entries do, too ([`link`]).
+const CHUNK: u64 = 96 << 10;
 
 /// The members by id: a member's id is the rank of its name, from 1.
 pub(crate) fn members(peers: &BTreeMap<String, SocketAddr>) -> BTreeMap<u64, Member> {
@@ -337,6 +340,7 @@ fn config(timers: Timers, compaction: Compaction) -> Result<Config, StartError> 
         election_timeout_min: lease_ms - 1,
         election_timeout_max: lease_ms,
         enable_elect: false,
+        snapshot_max_chunk_size: CHUNK,
         install_snapshot_timeout: 10_000,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(compaction.every),
         max_in_snapshot_log_to_keep: compaction.keep,

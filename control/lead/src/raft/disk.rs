@@ -13,7 +13,7 @@ use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, Table
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::oneshot;
 
-use super::{decode, encode};
+use super::{decode, encode, recent::Room};
 use crate::world::Storage;
 
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
@@ -165,12 +165,26 @@ impl Disk {
         &self,
         range: impl RangeBounds<u64>,
     ) -> Result<Vec<T>, DiskError> {
+        self.entries_within(range, Room::unlimited())
+    }
+
+    /// The entries in `range`, as far as `room` goes.
+    pub(super) fn entries_within<T: DeserializeOwned>(
+        &self,
+        range: impl RangeBounds<u64>,
+        mut room: Room,
+    ) -> Result<Vec<T>, DiskError> {
         let table = self.database.begin_read()?.open_table(LOG)?;
         let range = (range.start_bound().cloned(), range.end_bound().cloned());
-        table
-            .range(range)?
-            .map(|row| Ok(decode(row?.1.value())?))
-            .collect()
+        let mut entries = Vec::new();
+        for row in table.range(range)? {
+            let (_, entry) = row?;
+            if !room.takes(entry.value().len()) {
+                break;
+            }
+            entries.push(decode(entry.value())?);
+        }
+        Ok(entries)
     }
 
     /// The last entry of the log.

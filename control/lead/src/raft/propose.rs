@@ -1,7 +1,7 @@
 //! The proposer: packs the commands that wait into one entry, and gives each asker its own outcomes.
 //!
 //! One entry is in flight at a time; what comes meanwhile is the next one, so that the slower the disk, the
-//! larger the entries.
+//! larger the entries, up to what a lead writes and reads in one go.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use tokio::{
 
 use super::Raft;
 use crate::{
-    gather::{QUEUE, gather, share},
+    gather::{QUEUE, Size, gather, share},
     world::Clock,
 };
 
@@ -50,6 +50,7 @@ pub(crate) enum ProposeError {
 
 struct Job {
     commands: Vec<Command>,
+    size: Size,
     reply: oneshot::Sender<Result<Done, ProposeError>>,
 }
 
@@ -93,7 +94,11 @@ impl Proposer {
     /// Proposes `commands`, in one entry, in order.
     pub(crate) async fn propose(&self, commands: Vec<Command>) -> Result<Done, ProposeError> {
         let (reply, answer) = oneshot::channel();
-        let job = Job { commands, reply };
+        let job = Job {
+            size: Size::of(&commands),
+            commands,
+            reply,
+        };
         let sent = self.jobs.send(job).await;
         sent.map_err(|_| ProposeError::Stopped)?;
         answer.await.map_err(|_| ProposeError::Stopped)?
@@ -104,7 +109,7 @@ async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
     while let Some(first) = queue.recv().await {
         let mut commands = Vec::new();
         let mut waiting = Vec::new();
-        for job in gather(first, &mut queue, |job| job.commands.len()).await {
+        for job in gather(first, &mut queue, |job| job.size).await {
             waiting.push((job.commands.len(), job.reply));
             commands.extend(job.commands);
         }

@@ -13,6 +13,36 @@ use super::Types;
 /// How many bytes of encoded entries are kept at the most.
 const LIMIT: usize = 8 << 20;
 
+/// How many bytes of encoded entries are read at once; one entry always is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    left: usize,
+    is_empty: bool,
+}
+
+impl Room {
+    /// For so many bytes.
+    pub(super) fn new(bytes: usize) -> Self {
+        Self {
+            left: bytes,
+            is_empty: true,
+        }
+    }
+
+    /// For every entry.
+    pub(super) fn unlimited() -> Self {
+        Self::new(usize::MAX)
+    }
+
+    /// Whether an entry of `size` bytes still has room.
+    pub(super) fn takes(&mut self, size: usize) -> bool {
+        let fits = self.left.checked_sub(size);
+        let is_first = std::mem::take(&mut self.is_empty);
+        self.left = fits.unwrap_or(0);
+        fits.is_some() || is_first
+    }
+}
+
 /// Consecutive entries, the newest of the log.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
@@ -52,8 +82,12 @@ impl Recent {
         self.entries = kept;
     }
 
-    /// The entries of `range`; `None` where not all of them are here.
-    pub(super) fn range(&self, range: &impl RangeBounds<u64>) -> Option<Vec<Entry<Types>>> {
+    /// The entries of `range`, as far as `room` goes; `None` where not all of them are here.
+    pub(super) fn range(
+        &self,
+        range: &impl RangeBounds<u64>,
+        mut room: Room,
+    ) -> Option<Vec<Entry<Types>>> {
         let first = match range.start_bound() {
             Bound::Included(first) => *first,
             Bound::Excluded(before) => before.checked_add(1)?,
@@ -73,6 +107,7 @@ impl Recent {
             return None;
         }
         let found = self.entries.range(first..=last);
+        let found = found.take_while(|(_, (_, size))| room.takes(*size));
         Some(found.map(|(_, (entry, _))| entry.clone()).collect())
     }
 }
@@ -99,7 +134,7 @@ mod tests {
     }
 
     fn found(recent: &Recent, range: impl RangeBounds<u64>) -> Option<Vec<u64>> {
-        let entries = recent.range(&range)?;
+        let entries = recent.range(&range, Room::unlimited())?;
         Some(entries.iter().map(|it| it.log_id.index).collect())
     }
 
@@ -121,6 +156,21 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_room_waits_and_the_first_always_goes() {
+        let recent = recent(5..10);
+        for (bytes, want) in [(0, 1), (9, 1), (10, 1), (29, 2), (30, 3), (1000, 5)] {
+            let entries = recent.range(&(5..10), Room::new(bytes)).unwrap();
+            assert_eq!(entries.len(), want, "{bytes}");
+        }
+        let mut large = Recent::default();
+        for (index, size) in [(1, 10), (2, 100), (3, 10)] {
+            large.push(entry(1, index), size);
+        }
+        let entries = large.range(&(1..4), Room::new(50)).unwrap();
+        assert_eq!(entries, [entry(1, 1)], "no gap");
+    }
+
+    #[test]
     fn what_is_cut_off_at_either_end_is_not_found_any_more() {
         let mut recent = recent(1..10);
         recent.truncate_from(8);
@@ -130,7 +180,10 @@ mod tests {
         assert_eq!(found(&recent, 7..9), None);
         assert_eq!(recent.size, 50);
         recent.push(entry(2, 8), 10);
-        assert_eq!(recent.range(&(8..9)), Some(vec![entry(2, 8)]));
+        assert_eq!(
+            recent.range(&(8..9), Room::unlimited()),
+            Some(vec![entry(2, 8)])
+        );
     }
 
     #[test]
