@@ -161,26 +161,3 @@ impl Forget {
         self.common.answer(&ask, text)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use crate::Cli;
-
-    #[test]
-    fn what_is_no_cluster_s_name_never_becomes_another_request() {
-        let ask = |change, name| {
-            let lead = ["--lead", "127.0.0.1:1", "--credentials", "c"];
-            let words = ["weft", "cluster", change, name].into_iter().chain(lead);
-            Cli::try_parse_from(words)
-        };
-        for change in ["drain", "undrain", "forget"] {
-            assert!(ask(change, "edge").is_ok());
-            for name in ["edge/drain", "edge?abandon=true", "../leads", "a b", ""] {
-                let error = ask(change, name).unwrap_err().to_string();
-                assert!(error.contains(name) && error.contains("NAME"), "{error}");
-            }
-        }
-    }
-}

@@ -6,6 +6,7 @@ use ::http::Method;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use control_api::http::{Changed, Drained, Lead as Shown, LeadAdded, LeadRequest, List};
+use control_core::name::Name;
 
 use crate::{backup::Recover, client::Ask, daemon, show, user::Common};
 
@@ -77,7 +78,7 @@ impl ListLeads {
 #[derive(Debug, Args)]
 struct Add {
     /// The new lead's name, as in its certificate.
-    name: String,
+    name: Name,
     /// Where the other leads will reach it (its --advertise).
     #[arg(long, value_name = "IP:PORT")]
     address: SocketAddr,
@@ -91,7 +92,7 @@ struct Add {
 impl Add {
     fn run(self) -> anyhow::Result<()> {
         let request = LeadRequest {
-            name: self.name,
+            name: self.name.into(),
             address: self.address,
             replaces: None,
         };
@@ -102,10 +103,10 @@ impl Add {
 #[derive(Debug, Args)]
 struct Replace {
     /// The lead that leaves; it may be gone for good.
-    name: String,
+    name: Name,
     /// The new lead's name; the same is allowed, it is another member all the same.
     #[arg(long, value_name = "NAME")]
-    with: String,
+    with: Name,
     /// Where the other leads will reach the new one (its --advertise).
     #[arg(long, value_name = "IP:PORT")]
     address: SocketAddr,
@@ -119,9 +120,9 @@ struct Replace {
 impl Replace {
     fn run(self) -> anyhow::Result<()> {
         let request = LeadRequest {
-            name: self.with,
+            name: self.with.into(),
             address: self.address,
-            replaces: Some(self.name),
+            replaces: Some(self.name.into()),
         };
         admit(&self.common, &request, self.wait)
     }
@@ -166,7 +167,7 @@ fn settled(leads: &[Shown], id: u64) -> bool {
 #[derive(Debug, Args)]
 struct Remove {
     /// The lead that leaves; it may be gone for good.
-    name: String,
+    name: Name,
     #[command(flatten)]
     common: Common,
 }
@@ -186,7 +187,7 @@ impl Remove {
 #[derive(Debug, Args)]
 struct Drain {
     /// The lead that shall not lead; whoever does when it is left out.
-    name: Option<String>,
+    name: Option<Name>,
     #[command(flatten)]
     common: Common,
 }

@@ -129,3 +129,47 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Lab(lab) => Ok(lab.run()?),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_name_never_becomes_another_request() {
+        let ask = |words: &str, name: &str| {
+            let lead = ["--lead", "127.0.0.1:1", "--credentials", "c"];
+            let words = words.split(' ').map(|word| match word {
+                "NAME" => name,
+                word => word,
+            });
+            Cli::try_parse_from(["weft"].into_iter().chain(words).chain(lead))
+        };
+        for (words, good) in [
+            ("cluster drain NAME", "edge"),
+            ("cluster undrain NAME", "edge"),
+            ("cluster forget NAME", "edge"),
+            ("lead add NAME --address 127.0.0.1:2", "d"),
+            ("lead remove NAME", "d"),
+            ("lead replace NAME --with e --address 127.0.0.1:2", "d"),
+            ("lead replace d --with NAME --address 127.0.0.1:2", "e"),
+            ("lead drain NAME", "d"),
+            ("token create NAME --access viewer --out f", "ci"),
+            ("token revoke NAME", "ci"),
+            ("delete NAME", "default/shop"),
+            ("explain NAME", "default/shop/front"),
+            ("migrate NAME --to edge", "default/shop/front/0"),
+            ("migrate a/b/c/0 --to NAME", "edge"),
+        ] {
+            assert!(ask(words, good).is_ok(), "{words}: {good}");
+            for end in ["/drain", "?abandon=true", "/../leads", "#x", "%2f", " b"] {
+                let bad = format!("{good}{end}");
+                let error = ask(words, &bad).unwrap_err().to_string();
+                assert!(error.contains(&bad), "{words}: {error}");
+            }
+            for bad in ["../leads", "a b", "", "."] {
+                let error = ask(words, bad).unwrap_err().to_string();
+                assert!(error.contains("not"), "{words}: {error}");
+            }
+        }
+    }
+}

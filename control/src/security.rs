@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use control_api::http::{
     AuditEntry, Changed, Revocation, RevocationRequest, Token as Shown, TokenRequest,
 };
+use control_core::name::Name;
 use netmanager_api::identity::{Access, Shown as Certificate, fingerprint};
 use weft_lead::authority;
 
@@ -57,7 +58,7 @@ pub(crate) struct List {
 #[derive(Debug, Args)]
 pub(crate) struct Create {
     /// Its name, in the audit log.
-    name: String,
+    name: Name,
     /// What its holder may do: viewer, deployer/NAMESPACE[/NAMESPACE...] or admin.
     #[arg(long, value_name = "ACCESS")]
     access: Access,
@@ -76,7 +77,7 @@ impl Create {
         let secret = authority::random::<SECRET>()?;
         let secret: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
         let request = TokenRequest {
-            name: self.name.clone(),
+            name: self.name.to_string(),
             hash: fingerprint(secret.as_bytes()),
             access: self.access.to_string(),
             days: self.days,
@@ -117,7 +118,7 @@ fn write_new(path: &Path, content: &str) -> std::io::Result<()> {
 #[derive(Debug, Args)]
 pub(crate) struct Revoke {
     /// Its name.
-    name: String,
+    name: Name,
     #[command(flatten)]
     common: Common,
 }

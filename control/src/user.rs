@@ -11,6 +11,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use clap::{Args, ValueEnum};
 use control_api::http::{self, Changed, MigrationRequest};
+use control_core::name::{AppName, Name, NameError, ServiceName, Slot};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -158,7 +159,7 @@ impl Get {
 #[derive(Debug, Args)]
 pub(crate) struct Explain {
     /// namespace/application/service.
-    service: String,
+    service: ServiceName,
     #[command(flatten)]
     common: Common,
 }
@@ -174,7 +175,7 @@ impl Explain {
 #[derive(Debug, Args)]
 pub(crate) struct Delete {
     /// namespace/application.
-    application: String,
+    application: AppName,
     #[command(flatten)]
     once: Once,
     #[command(flatten)]
@@ -203,10 +204,11 @@ impl Delete {
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// namespace/application/service/N, N being the slot's number.
-    slot: String,
+    #[arg(value_parser = slot)]
+    slot: Slot,
     /// The cluster that it shall go to.
     #[arg(long, value_name = "CLUSTER")]
-    to: String,
+    to: Name,
     #[command(flatten)]
     once: Once,
     #[command(flatten)]
@@ -216,8 +218,8 @@ pub(crate) struct Migrate {
 impl Migrate {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let request = MigrationRequest {
-            slot: slot(&self.slot),
-            to: self.to.clone(),
+            slot: self.slot.to_string(),
+            to: self.to.to_string(),
         };
         let ask = Ask {
             method: Method::POST,
@@ -230,13 +232,13 @@ impl Migrate {
     }
 }
 
-/// `a/b/c/0` as the API writes it, `a/b/c#0`; anything else is left for the API to judge.
-fn slot(text: &str) -> String {
+/// Reads `a/b/c/0`, or `a/b/c#0` as the API writes it.
+fn slot(text: &str) -> Result<Slot, NameError> {
     match text.rsplit_once('/') {
         Some((service, number)) if service.matches('/').count() == 2 => {
-            format!("{service}#{number}")
+            format!("{service}#{number}").parse()
         }
-        _ => text.to_owned(),
+        _ => text.parse(),
     }
 }
 
@@ -259,8 +261,11 @@ mod tests {
 
     #[test]
     fn a_slot_may_be_written_as_a_path() {
-        assert_eq!(slot("a/b/c/0"), "a/b/c#0");
-        assert_eq!(slot("a/b/c#0"), "a/b/c#0");
-        assert_eq!(slot("a/b/c"), "a/b/c");
+        for text in ["a/b/c/0", "a/b/c#0"] {
+            assert_eq!(slot(text).map(String::from), Ok("a/b/c#0".to_owned()));
+        }
+        for text in ["a/b/c", "a/b/0", "a/b/c/x", "a/b/c/d/0", "a/../c/0"] {
+            assert!(slot(text).is_err(), "{text}");
+        }
     }
 }
