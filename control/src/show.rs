@@ -5,8 +5,9 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{Table, presets};
 use control_api::http::{
     Application, ApplyResponse, ApplyResult, AuditEntry, Binding, Cluster, Explained, Lead,
-    LeadAdded, List, Migration, Node, Revocation, Service, Status, Token,
+    LeadAdded, LeadDisk, List, Migration, Node, Revocation, Service, Status, Token,
 };
+use control_core::goal::Bytes;
 use control_core::placement::{Decision, Lost, Parts, Verdict};
 
 /// A kind of thing that can be listed.
@@ -234,6 +235,7 @@ impl Rows for Lead {
         "LOG",
         "APPLIED",
         "VERSION",
+        "DISK",
         "AUTHORITIES",
     ];
 
@@ -247,8 +249,17 @@ impl Rows for Lead {
             or_dash(self.log_index),
             or_dash(self.applied_index),
             or_dash(self.version.as_ref()),
+            or_dash(self.disk.map(disk)),
             or_dash(authorities(&self.authorities)),
         ]
+    }
+}
+
+fn disk(disk: LeadDisk) -> String {
+    let free = Bytes::new(disk.free_bytes).rounded();
+    match disk.is_short {
+        true => format!("{free}, short"),
+        false => free.to_string(),
     }
 }
 

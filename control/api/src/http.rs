@@ -433,12 +433,26 @@ pub struct Lead {
     pub applied_index: Option<u64>,
     /// Its version.
     pub version: Option<String>,
+    /// Its disk; nothing from a lead that does not answer, or is older.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<LeadDisk>,
     /// The authorities whose certificates it accepts, the one that signs first: SHA-256, hexadecimal digits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub authorities: Vec<String>,
     /// The number of the lead that leaves once this one is a voter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<u64>,
+}
+
+/// The file system of a lead's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LeadDisk {
+    /// Bytes that can still be written.
+    pub free_bytes: u64,
+    /// Bytes that are not for changes.
+    pub reserve_bytes: u64,
+    /// Whether there is too little: with too few leads that have room, changes are refused.
+    pub is_short: bool,
 }
 
 /// A wish for one lead more, or for another in the place of one.

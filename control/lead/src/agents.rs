@@ -36,6 +36,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     authority, claims,
     lead::{Answer, Ask, AskError, Lead},
+    raft::propose::ProposeError,
     tables::{Sent, news},
 };
 
@@ -47,6 +48,8 @@ const QUEUE: usize = 16;
 const REFRESH: Duration = Duration::from_secs(8);
 /// How many refused claims of one report are named in the log.
 const CLAIMS: usize = 10;
+/// How long what is refused because disks are full waits.
+const NO_ROOM: Duration = Duration::from_secs(1);
 /// Changes within this time are sent together.
 const COALESCE: Duration = Duration::from_millis(20);
 /// Sessions are random numbers below 2^53, so that every JSON reader keeps them exact.
@@ -108,6 +111,7 @@ fn cluster_of(identity: Option<&Identity>) -> Result<Name, Status> {
 fn unavailable(error: AskError) -> Status {
     match error {
         AskError::SessionOver { .. } => Status::aborted(error.to_string()),
+        AskError::Propose(ProposeError::NoRoom(_)) => Status::resource_exhausted(error.to_string()),
         _ => Status::unavailable(error.to_string()),
     }
 }
@@ -299,6 +303,12 @@ async fn report(
             Ok(_) => last = Some((said, Instant::now())),
             Err(status) if status.code() == tonic::Code::Unavailable => {
                 tracing::warn!(%cluster, reason = status.message(), "a report waits");
+                newest.mark_changed();
+            }
+            // The agent stays, and its lease with it: it need not come back when there is room.
+            Err(status) if status.code() == tonic::Code::ResourceExhausted => {
+                tracing::debug!(%cluster, reason = status.message(), "a report waits");
+                tokio::time::sleep(NO_ROOM).await;
                 newest.mark_changed();
             }
             Err(status) => return Err(status),

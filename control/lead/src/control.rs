@@ -45,7 +45,8 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
         applied.mark_unchanged();
         let seen = lead.replica.applied();
         let mut took = Duration::ZERO;
-        let round = if lead.leads() && lead.has_majority() {
+        let is_open = lead.rooms.borrow().closed.is_none();
+        let round = if lead.leads() && lead.has_majority() && is_open {
             let started = Instant::now();
             let commands = decide(&lead, mesh.as_ref(), &mut alarm);
             took = started.elapsed();

@@ -115,7 +115,7 @@ impl Lead {
         let roll = Roll::of(&self.raft);
         // Nobody waits for it yet: until its own vote is free no heir could count on it.
         let freed = async { sleep(self.election.is_bound_for().await).await };
-        let (alive, ()) = tokio::join!(self.alive(&roll), freed);
+        let (alive, ()) = tokio::join!(self.heirs(&roll), freed);
         let term = self.raft.metrics().borrow().current_term;
         if !self.leads() {
             // The next leader is asked next.

@@ -29,7 +29,7 @@ use crate::{
     drain,
     leases::Leases,
     members::ABOUT_LEASES,
-    once::Keys,
+    once::{Keys, is_note},
     raft::{
         Member, Raft, Timers,
         election::Election,
@@ -38,6 +38,7 @@ use crate::{
         propose::{Done, ProposeError, Proposer},
     },
     replica::Replica,
+    room::watch::Rooms,
     world::Clock,
 };
 
@@ -186,6 +187,8 @@ pub(crate) struct Lead {
     pub(crate) leases: Mutex<Leases>,
     pub(crate) board: Mutex<Board>,
     pub(crate) planned: watch::Sender<Planned>,
+    /// How much room there is on the disks.
+    pub(crate) rooms: watch::Sender<Rooms>,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
     /// Who wants another lead to lead.
@@ -287,6 +290,12 @@ impl Lead {
         }
         if !self.has_majority() {
             return Err(ProposeError::NoMajority.into());
+        }
+        if let Ask::Propose(commands) = &ask
+            && !commands.iter().all(is_note)
+            && let Some(why) = self.rooms.borrow().closed.clone()
+        {
+            return Err(ProposeError::NoRoom(why).into());
         }
         match ask {
             Ask::Propose(commands) => Ok(Answer::Done(self.proposer.propose(commands).await?)),

@@ -32,6 +32,7 @@ mod problem;
 mod raft;
 mod replica;
 mod revoked;
+mod room;
 mod running;
 mod tables;
 mod world;
@@ -50,7 +51,10 @@ use crate::{
     world::Folder,
 };
 pub use crate::{
-    raft::{Compaction, DiskError, Join, RecoverError, Recovery, StartError, Survivor, Timers},
+    raft::{
+        Compaction, DiskError, Full, Join, RecoverError, Recovery, StartError, Survivor, Timers,
+    },
+    room::Space,
     running::{Running, Settings},
     world::{Boxed, Clock, Storage, Wire, World},
 };
@@ -80,6 +84,8 @@ pub struct Options {
     pub lease: Duration,
     /// How long Raft waits.
     pub timers: Timers,
+    /// Bytes of its disk that are not for changes; `None`: 256 MiB, or a twentieth of a smaller one.
+    pub reserve: Option<u64>,
 }
 
 /// Why a lead did not start.
@@ -154,6 +160,9 @@ pub enum LeadError {
     /// Raft cannot go on, mostly because the disk failed.
     #[error("raft stopped: {0}")]
     Stopped(String),
+    /// There was no room left for what it had to write.
+    #[error(transparent)]
+    Full(Full),
     /// The others removed or replaced this lead.
     #[error(
         "lead {name} (member {id}) was removed from the group: its data may be deleted; to bring it back, delete them and run weft lead add"
@@ -226,6 +235,7 @@ pub async fn serve(
         },
         timers: options.timers,
         compaction: Compaction::default(),
+        reserve: options.reserve,
         mesh,
     };
     let running = tokio::select! {

@@ -40,6 +40,7 @@ impl Lead {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             level: LEVEL,
             applied: self.replica.applied(),
+            room: self.rooms.borrow().own,
             authorities: self
                 .revoked
                 .get()
@@ -73,6 +74,18 @@ impl Lead {
         abouts
             .filter_map(|(id, about)| about.filter(|it| it.level >= level).map(|_| id))
             .collect()
+    }
+
+    /// Who may lead instead of this one: of those that answer the ones with room on their disks, if any has it.
+    pub(crate) async fn heirs(&self, roll: &Roll) -> BTreeSet<u64> {
+        let level = self.replica.read(|base| base.level);
+        let abouts = self.abouts(roll).await.into_iter();
+        let abouts = abouts.filter_map(|(_, about)| about.filter(|it| it.level >= level));
+        let (short, heirs): (Vec<_>, Vec<_>) = abouts
+            .filter(|it| it.id != self.id)
+            .partition(|it| it.room.is_some_and(|room| room.is_short));
+        let heirs = if heirs.is_empty() { short } else { heirs };
+        heirs.into_iter().map(|it| it.id).collect()
     }
 
     /// Every member, as this lead sees it; complete on the leader.

@@ -56,6 +56,12 @@ pub(crate) async fn note(lead: &Lead, by: &str, what: String) -> Result<(), Refu
     Ok(())
 }
 
+/// Whether a command only notes who asked for what: such are taken where others are refused, because who asks may be on the
+/// way to mend that.
+pub(crate) fn is_note(command: &Command) -> bool {
+    matches!(command, Command::Signed(signed) if signed.command == Command::Tick)
+}
+
 /// Who asked for what, and with which key.
 pub(crate) struct Key {
     user: String,

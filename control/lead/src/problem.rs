@@ -136,6 +136,9 @@ impl From<AskError> for Refusal {
             AskError::Propose(ProposeError::Unknown) => {
                 refusal.hint("ask again: a change that was made already changes nothing")
             }
+            AskError::Propose(ProposeError::NoRoom(_)) => refusal.hint(
+                "make room on those file systems, or replace a lead by one that has it (weft lead list, weft lead replace); reads work, and what runs goes on",
+            ),
             _ => refusal.hint("ask again, or ask another lead"),
         }
     }
@@ -253,6 +256,9 @@ mod tests {
             Refusal::from(command::Refusal::ClusterLost("edge".parse().unwrap())),
             Refusal::from(AskError::NoLeader("a at 192.0.2.1:7000".to_owned())),
             Refusal::from(AskError::Propose(ProposeError::Unknown)),
+            Refusal::from(AskError::Propose(ProposeError::NoRoom(
+                "a has 12Mi free of a reserve of 256Mi".to_owned(),
+            ))),
             Refusal::from(AskError::Lagging),
             Refusal::from(AskError::Member(MemberError::Unknown("d".to_owned()))),
             Refusal::from(AskError::Member(MemberError::NoMajorityLeft {

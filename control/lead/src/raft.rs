@@ -34,7 +34,8 @@ use openraft::{Config, LogId, SnapshotPolicy, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode, size};
-pub use self::disk::DiskError;
+pub(crate) use self::disk::Fullness;
+pub use self::disk::{DiskError, Full};
 pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
@@ -208,6 +209,9 @@ pub enum StartError {
         /// Where it says that it is.
         advertised: SocketAddr,
     },
+    /// There was no room left for what it had to write.
+    #[error(transparent)]
+    Full(Full),
     /// Raft itself refused.
     #[error("raft did not start: {0}")]
     Raft(String),
@@ -230,6 +234,8 @@ pub(crate) struct Started {
     pub(crate) raft: Raft,
     pub(crate) id: u64,
     pub(crate) election: Election,
+    /// Whether its disk is full.
+    pub(crate) fullness: Fullness,
     /// The end of the log.
     pub(crate) began_at: Option<LogId<u64>>,
 }
@@ -241,10 +247,14 @@ pub(crate) async fn start(
     replica: Arc<Replica>,
 ) -> Result<Started, StartError> {
     let dir = start.storage.to_string();
-    let disk = Disk::open(start.storage.clone()).map_err(|source| StartError::Disk {
-        dir: dir.clone(),
-        source,
+    let disk = Disk::open(start.storage.clone()).map_err(|source| {
+        let full = Full::of(&source, &*start.storage, 0).map(StartError::Full);
+        full.unwrap_or(StartError::Disk {
+            dir: dir.clone(),
+            source,
+        })
     })?;
+    let fullness = disk.fullness();
     let members = members(start.peers);
     let id = match own_id(&disk, &start, &members, &dir) {
         Err(StartError::NoGroup { .. }) if start.join.is_wanted() => {
@@ -259,7 +269,10 @@ pub(crate) async fn start(
         known => known?,
     };
     let config = config(start.timers, start.compaction)?;
-    let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
+    let failed = |error: &dyn std::fmt::Display| match fullness.full() {
+        Some(full) => StartError::Full(full),
+        None => StartError::Raft(error.to_string()),
+    };
     let machine = Machine::load(disk.clone(), replica).map_err(|error| failed(&error))?;
     let mut log = LogStore::new(disk.clone(), &machine);
     let state = log.get_log_state().await;
@@ -288,6 +301,7 @@ pub(crate) async fn start(
         raft,
         id,
         election,
+        fullness,
         began_at,
     })
 }

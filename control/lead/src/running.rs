@@ -25,9 +25,12 @@ use crate::{
     leases::Leases,
     members,
     once::Keys,
-    raft::{self, Compaction, Join, Member, Started, Timers, network::Network, propose::Proposer},
+    raft::{
+        self, Compaction, Fullness, Join, Member, Started, Timers, network::Network,
+        propose::Proposer,
+    },
     replica::Replica,
-    revoked,
+    revoked, room,
     world::World,
 };
 
@@ -47,6 +50,8 @@ pub struct Settings {
     pub timers: Timers,
     /// When the log is compacted.
     pub compaction: Compaction,
+    /// Bytes of the disk that are not for changes; `None`: 256 MiB, or a twentieth of a smaller one.
+    pub reserve: Option<u64>,
     /// The mesh; only used by the first command of the log.
     pub mesh: Option<Mesh>,
 }
@@ -55,6 +60,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Running {
     lead: Arc<Lead>,
+    fullness: Fullness,
     /// The leads that it was started with.
     introduced: Vec<Member>,
     shutdown: CancellationToken,
@@ -71,6 +77,8 @@ impl Running {
         world: World,
         shutdown: CancellationToken,
     ) -> Result<Self, StartError> {
+        let (storage, reserve) = (world.storage.clone(), settings.reserve);
+        room::watch::await_room(&storage, reserve).await;
         let network = Network::new(world.wire);
         let replica = Arc::new(Replica::default());
         let start = raft::Start {
@@ -85,6 +93,7 @@ impl Running {
             raft,
             id,
             election,
+            fullness,
             began_at,
         } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
@@ -105,6 +114,7 @@ impl Running {
             leases: Leases::default().into(),
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
+            rooms: watch::Sender::default(),
             gives_way: AtomicBool::new(false),
             drain: draining,
             proposing: tokio::sync::RwLock::default(),
@@ -121,6 +131,8 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
         tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
         tasks.spawn(until(shutdown.clone(), drain::run(lead.clone(), drained)));
+        let looking = room::watch::run(lead.clone(), storage, reserve);
+        tasks.spawn(until(shutdown.clone(), looking));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
         let introduced = settings.peers.iter().chain(&settings.join.leads);
@@ -130,6 +142,7 @@ impl Running {
             .collect();
         Ok(Self {
             lead,
+            fullness,
             introduced,
             shutdown,
             tasks,
@@ -171,7 +184,10 @@ impl Running {
     pub async fn run(&self) -> Result<(), LeadError> {
         let fatal = tokio::select! {
             () = self.shutdown.cancelled() => None,
-            fatal = watch_raft(&self.lead) => Some(LeadError::Stopped(fatal)),
+            fatal = watch_raft(&self.lead) => Some(match self.fullness.full() {
+                Some(full) => LeadError::Full(full),
+                None => LeadError::Stopped(fatal),
+            }),
             () = contact::removed(&self.lead, &self.introduced) => Some(LeadError::Removed {
                 name: self.lead.name.clone(),
                 id: self.lead.id,

@@ -12,8 +12,9 @@
 use std::{
     fmt,
     future::Future,
+    io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
@@ -23,7 +24,7 @@ use bytes::Bytes;
 use http::{Request, StatusCode};
 use redb::{Builder, Database};
 
-use crate::{dial::DialError, raft::DiskError};
+use crate::{dial::DialError, raft::DiskError, room::Space};
 
 /// A boxed future.
 pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -38,6 +39,17 @@ pub trait Storage: fmt::Debug + fmt::Display + Send + Sync {
 
     /// Runs work that waits for the disk.
     fn run(&self, work: Box<dyn FnOnce() + Send>) -> Boxed<'static, ()>;
+
+    /// How much room there is; unless it says, more than anybody writes.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn space(&self) -> io::Result<Space> {
+        Ok(Space {
+            free: u64::MAX,
+            total: u64::MAX,
+        })
+    }
 }
 
 /// The way to the other leads.
@@ -116,6 +128,17 @@ impl Storage for Folder {
         Box::pin(async {
             // Work that died has not answered, which is how its asker knows.
             let _ = tokio::task::spawn_blocking(work).await;
+        })
+    }
+
+    fn space(&self) -> io::Result<Space> {
+        // The folder is made later; where it will be there is something.
+        let here = |path: &&Path| path.exists();
+        let found = self.0.ancestors().find(here).unwrap_or(Path::new("."));
+        let stat = rustix::fs::statvfs(found)?;
+        Ok(Space {
+            free: stat.f_bavail.saturating_mul(stat.f_frsize),
+            total: stat.f_blocks.saturating_mul(stat.f_frsize),
         })
     }
 }

@@ -210,6 +210,18 @@ impl Bytes {
     pub const fn get(self) -> u64 {
         self.0
     }
+
+    /// In whole units, as many as a person can read.
+    #[must_use]
+    pub const fn rounded(self) -> Self {
+        let unit = match self.0 {
+            0..0x400 => 1,
+            0x400..0x10_0000 => 1 << 10,
+            0x10_0000..0x2_8000_0000 => 1 << 20,
+            _ => 1 << 30,
+        };
+        Self(self.0 / unit * unit)
+    }
 }
 
 impl Latency {
@@ -304,6 +316,20 @@ mod tests {
         assert_eq!("20ms".parse(), Ok(Latency(20_000)));
         assert_eq!("0.5ms".parse(), Ok(Latency(500)));
         assert_eq!("5Mbps".parse(), Ok(Bandwidth(5_000_000)));
+    }
+
+    #[test]
+    fn a_rounded_amount_has_few_digits() {
+        for (bytes, want) in [
+            (0, "0B"),
+            (1_000, "1000B"),
+            (5_000, "4Ki"),
+            ((300 << 20) + 17, "300Mi"),
+            ((5 << 30) - 1, "5119Mi"),
+            ((75 << 30) + 1, "75Gi"),
+        ] {
+            assert_eq!(Bytes::new(bytes).rounded().to_string(), want);
+        }
     }
 
     #[test]

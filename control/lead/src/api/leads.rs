@@ -4,7 +4,9 @@ use axum::{
     Json,
     extract::{Path, State, rejection::JsonRejection},
 };
-use control_api::http::{Changed, Drained, Lead as Shown, LeadAdded, LeadRequest, List, Problem};
+use control_api::http::{
+    Changed, Drained, Lead as Shown, LeadAdded, LeadDisk, LeadRequest, List, Problem,
+};
 use netmanager_api::identity::is_label;
 
 use super::{Answer, Freshness, Read, Shared, bad_query};
@@ -14,6 +16,7 @@ use crate::{
     once::note,
     problem::Refusal,
     raft::members::{MemberError, Seat},
+    room::Room,
 };
 
 fn show(seat: Seat) -> Shown {
@@ -31,11 +34,20 @@ fn show(seat: Seat) -> Shown {
         log_index: seat.matched,
         applied_index: seat.about.as_ref().map(|about| about.applied),
         version: seat.about.as_ref().map(|about| about.version.clone()),
+        disk: seat.about.as_ref().and_then(|about| about.room).map(disk),
         authorities: seat
             .about
             .map(|about| about.authorities)
             .unwrap_or_default(),
         replaces: seat.member.replaces,
+    }
+}
+
+fn disk(room: Room) -> LeadDisk {
+    LeadDisk {
+        free_bytes: room.free,
+        reserve_bytes: room.reserve,
+        is_short: room.is_short,
     }
 }
 

@@ -7,14 +7,18 @@
 //!
 //! A write returns when it is on disk; only `committed` may be lost (it is found again from the leader).
 
-use std::{ops::RangeBounds, sync::Arc};
+use std::{
+    io,
+    ops::RangeBounds,
+    sync::{Arc, OnceLock},
+};
 
 use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::oneshot;
 
 use super::{decode, encode, recent::Room};
-use crate::world::Storage;
+use crate::{room::rounded, world::Storage};
 
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
@@ -27,7 +31,7 @@ const CACHE: usize = 4 << 20;
 pub enum DiskError {
     /// The folder cannot be made.
     #[error("failed to make the folder")]
-    Folder(#[source] std::io::Error),
+    Folder(#[source] io::Error),
     /// redb failed.
     #[error("the database failed")]
     Database(#[source] Box<redb::Error>),
@@ -60,11 +64,60 @@ from_redb!(
     redb::TransactionError
 );
 
+/// The disk is full.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the disk is full: {dir} had {} left when {} were to be written; make room on its file system, or move the folder to a larger one \
+     (--data), and start the lead again: it goes on where it stopped",
+    rounded(*.free),
+    rounded(*.bytes)
+)]
+pub struct Full {
+    /// The data folder.
+    pub dir: String,
+    /// What could not be written, bytes.
+    pub bytes: u64,
+    /// What was left, bytes.
+    pub free: u64,
+}
+
+impl Full {
+    /// What `error` says of the room in `storage`, where `bytes` were to be written; `None` where it is about something else.
+    pub(super) fn of(error: &DiskError, storage: &dyn Storage, bytes: usize) -> Option<Self> {
+        let error = match error {
+            DiskError::Folder(error) => error,
+            DiskError::Database(error) => match &**error {
+                redb::Error::Io(error) => error,
+                _ => return None,
+            },
+            _ => return None,
+        };
+        let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+        kinds.contains(&error.kind()).then(|| Self {
+            dir: storage.to_string(),
+            bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+            free: storage.space().map_or(0, |space| space.free),
+        })
+    }
+}
+
+/// The first write that found no room, if one did: openraft keeps of an error only its text.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fullness(Arc<OnceLock<Full>>);
+
+impl Fullness {
+    /// What it was.
+    pub(crate) fn full(&self) -> Option<Full> {
+        self.0.get().cloned()
+    }
+}
+
 /// The database, shared by the log, its readers and the state machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
     database: Arc<Database>,
     storage: Arc<dyn Storage>,
+    fullness: Fullness,
 }
 
 /// One change of the database.
@@ -80,6 +133,17 @@ pub(crate) enum Write {
     PurgeTo(u64),
 }
 
+impl Write {
+    /// Bytes.
+    fn size(&self) -> usize {
+        match self {
+            Self::Put { value, .. } => value.len(),
+            Self::Append(entries) => entries.iter().map(|(_, entry)| entry.len()).sum(),
+            Self::TruncateFrom(_) | Self::PurgeTo(_) => 0,
+        }
+    }
+}
+
 impl Disk {
     /// Opens the database in `storage`, making it where it is missing.
     pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Self, DiskError> {
@@ -91,7 +155,13 @@ impl Disk {
         Ok(Self {
             database: Arc::new(database),
             storage,
+            fullness: Fullness::default(),
         })
+    }
+
+    /// Tells whether a write found no room.
+    pub(super) fn fullness(&self) -> Fullness {
+        self.fullness.clone()
     }
 
     /// Carries out `writes` in one transaction; on disk when it returns.
@@ -121,6 +191,16 @@ impl Disk {
     }
 
     fn write_now(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
+        let bytes = writes.iter().map(Write::size).sum();
+        let written = self.transact(writes, durability);
+        if let Err(error) = &written {
+            let full = Full::of(error, &*self.storage, bytes);
+            full.map(|full| self.fullness.0.get_or_init(|| full));
+        }
+        written
+    }
+
+    fn transact(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let mut transaction = self.database.begin_write()?;
         transaction.set_durability(durability)?;
         {
@@ -214,3 +294,6 @@ pub(crate) fn put<T: Serialize>(key: &'static str, value: &T) -> Result<Write, D
         value: encode(value)?,
     })
 }
+
+#[cfg(test)]
+mod tests;

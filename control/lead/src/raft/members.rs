@@ -15,6 +15,7 @@ use openraft::{LogId, Membership};
 use serde::{Deserialize, Serialize};
 
 use super::{Member, Raft};
+use crate::room::Room;
 
 /// The first leads of a group have ids up to this one.
 pub(crate) const FORMED: u64 = 64;
@@ -47,6 +48,9 @@ pub(crate) struct About {
     /// The fingerprints of the authorities whose certificates it accepts; none from a lead that does not say.
     #[serde(default)]
     pub(crate) authorities: Vec<String>,
+    /// How much room its disk has; `None` from a lead that does not say, or does not know.
+    #[serde(default)]
+    pub(crate) room: Option<Room>,
 }
 
 /// The group at one moment.
@@ -374,6 +378,7 @@ mod tests {
                 version: String::new(),
                 applied: 0,
                 authorities: Vec::new(),
+                room: None,
             };
             (id, Some(about))
         };

@@ -40,6 +40,9 @@ pub(crate) enum ProposeError {
     /// The leader does not hear from a majority; nothing was proposed.
     #[error("the leader hears from no majority of the leads")]
     NoMajority,
+    /// Too few leads have room on their disks; nothing was proposed.
+    #[error("changes are refused while too few leads have room on their disks: {0}")]
+    NoRoom(String),
     /// The entry may or may not be committed later.
     #[error("no majority of the leads confirmed the change in time: it may still happen")]
     Unknown,

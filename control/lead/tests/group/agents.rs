@@ -176,7 +176,7 @@ impl TestAgent {
     }
 
     /// Hears that one of the renewals was counted that it asks for from now on.
-    async fn is_renewed(&mut self, what: &str) -> Result<(), String> {
+    pub(crate) async fn is_renewed(&mut self, what: &str) -> Result<(), String> {
         let before = self.asked.load(Ordering::Relaxed);
         self.hear(what, |it| it.renewed > before).await
     }

@@ -4,6 +4,7 @@
 mod agents;
 mod backup;
 mod clusters;
+mod disk;
 mod doors;
 mod log;
 mod members;

@@ -62,6 +62,8 @@ pub(crate) struct TestMesh {
     /// Those that joined later.
     joining: BTreeSet<String>,
     running: BTreeMap<String, Running>,
+    /// What leads that are started from now on keep of their disks, bytes.
+    pub(crate) reserve: Option<u64>,
 }
 
 impl TestMesh {
@@ -129,6 +131,7 @@ impl TestMesh {
             tokens: BTreeMap::new(),
             joining: BTreeSet::new(),
             running: BTreeMap::new(),
+            reserve: None,
         };
         for (name, listener) in listeners {
             if running.contains(&name.as_str()) {
@@ -195,6 +198,7 @@ impl TestMesh {
             },
             lease: Duration::from_secs(2),
             timers: Timers::default(),
+            reserve: self.reserve,
         };
         let tokens = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         tokens.set_nonblocking(true).unwrap();

@@ -117,6 +117,7 @@ fn settings(host: usize, random: &mut Random) -> Settings {
             every: *random.pick(&[10, 40, 5_000]),
             keep: *random.pick(&[0, 5]),
         },
+        reserve: None,
         mesh: Some(Mesh {
             name: MESH.to_owned(),
             prefix6: "fd00:1:2::/48".parse().expect("it is a prefix"),
