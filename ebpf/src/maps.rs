@@ -16,8 +16,9 @@ use aya_ebpf::{
 };
 use ebpf_common::{
     layout::{
-        ACCOUNT_KINDS, Account, Addr, Backend, Config, DIRECT_PLACES, Endpoint, Flow, FlowKey,
-        Fragment, FragmentKey, PROGRAM_SLOTS, PROTO_TCP, Peer, Settled, Vip, VipKey, direct_link,
+        ACCOUNT_KINDS, Account, Addr, Backend, Config, DIRECT_PLACES, Endpoint, FLOW_REVERSE, Flow,
+        FlowKey, Fragment, FragmentKey, PROGRAM_SLOTS, PROTO_TCP, Peer, Settled, Vip, VipKey,
+        direct_link,
     },
     reason::Reason,
 };
@@ -25,7 +26,7 @@ use ebpf_common::{
 mod place;
 
 use self::place::Found;
-pub(crate) use self::place::Place;
+pub(crate) use self::place::{Place, Taken};
 use crate::{atomic, parse::Packet};
 
 // The sizes are what one node of a few hundred pods needs; the loader may set others.
@@ -392,7 +393,13 @@ impl Table {
                     return Inserted::Exists;
                 }
                 place::spill(key, flow.last_seen_ns);
-                FLOWS.insert(key, flow, u64::from(BPF_NOEXIST))
+                let inserted = FLOWS.insert(key, flow, u64::from(BPF_NOEXIST));
+                // Who takes the place looks here once it is taken, and who comes here looks there: one of them sees the other.
+                if inserted.is_ok() && key.direction == FLOW_REVERSE && place::is_contended(key) {
+                    let _ = FLOWS.remove(key);
+                    return Inserted::Exists;
+                }
+                inserted
             }
             Self::Datagrams => FLOWS_LRU.insert(key, flow, u64::from(BPF_NOEXIST)),
         };

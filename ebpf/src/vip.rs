@@ -261,14 +261,12 @@ fn open(table: Table, config: &Config, packet: &mut Packet, policy: Policy) -> R
     };
     if table == Table::Connections
         && !hairpin
-        && let Some((place, state)) = flow::place(&packet.key, &key, now)
+        && let Some(place) = flow::place(&packet.key, &key, now)
     {
-        let to = (&address, vip.target_port_be);
-        if place.take(state, &packet.key, &flow, to) {
-            packet.to = flow::translated(config, &packet.key, &place.connection().forward);
-            packet.placed = 1;
-            return Ok(());
-        }
+        let placed = place.fill(&packet.key, &flow, (&address, vip.target_port_be));
+        packet.to = flow::translated(config, &packet.key, &placed.forward);
+        packet.placed = 1;
+        return Ok(());
     }
     claim_reverse(table, &mut key, &flow, hash)?;
     flow.addr = address;

@@ -61,11 +61,16 @@ pub trait FlowSource {
     /// When the map cannot be read; the walk starts over.
     fn next_page(&mut self) -> Result<Page, DatapathError>;
 
-    /// Removes a flow; false where it was gone already.
+    /// Removes a flow as it was in a page of `map`; false where it was gone already.
     ///
     /// # Errors
     /// When the map refuses.
-    fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError>;
+    fn remove(
+        &mut self,
+        map: &'static str,
+        key: &FlowKey,
+        flow: &Flow,
+    ) -> Result<bool, DatapathError>;
 
     /// Starts the walk over.
     fn rewind(&mut self);
@@ -155,7 +160,7 @@ impl<S: FlowSource> Janitor<S> {
         for (key, flow) in &page.flows {
             let account = account_of(key, flow);
             if is_garbage(key, flow, &self.limits, facts) {
-                if source.remove(key)?
+                if source.remove(page.map, key, flow)?
                     && let Some(account) = account
                 {
                     *self.removed.entry(account).or_default() += 1;
@@ -295,7 +300,12 @@ mod tests {
             })
         }
 
-        fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
+        fn remove(
+            &mut self,
+            _: &'static str,
+            key: &FlowKey,
+            _: &Flow,
+        ) -> Result<bool, DatapathError> {
             let was_there = self.flows.remove(key).is_some();
             self.at = self.at.saturating_sub(1);
             Ok(was_there)

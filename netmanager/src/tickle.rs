@@ -141,7 +141,7 @@ async fn tell_all(flows: &mut FlowTable, deaths: &Deaths) -> Result<usize, Tickl
                 continue;
             };
             if let Some(endpoint) = to_tell(key, &flow, deaths)
-                && flows.remove(key)?
+                && flows.remove(page.map, key, &flow)?
             {
                 door.send(endpoint, &notice(key, endpoint)).await?;
             }

@@ -13,6 +13,7 @@ pub struct Pinned {
     /// The datapath; `None` only while it is opened again.
     datapath: Option<BpfDatapath>,
     folder: TempDir,
+    flows: u32,
 }
 
 impl Drop for Pinned {
@@ -30,6 +31,7 @@ impl Pinned {
         let mut pinned = Self {
             datapath: None,
             folder,
+            flows: 64,
         };
         pinned.open_again();
         pinned
@@ -47,12 +49,18 @@ impl Pinned {
                 backends: 16,
                 slots: 16,
                 vips: 16,
-                flows: 64,
+                flows: self.flows,
             },
             splice: None,
         };
         let datapath = BpfDatapath::open(&options).expect("the kernel takes the datapath");
         self.datapath = Some(datapath);
+    }
+
+    /// Opens it again for another number of flows.
+    pub fn resize(&mut self, flows: u32) {
+        self.flows = flows;
+        self.open_again();
     }
 
     /// The datapath.

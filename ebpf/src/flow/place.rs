@@ -1,47 +1,52 @@
 //! Who may have a place of its own, and who gives it up.
+//!
+//! The owner of a place is judged twice: before the place is taken, so that nobody who keeps it is disturbed, and after, when
+//! nobody else can take or leave it and what is read is certainly of one connection.
 
 use ebpf_common::layout::{ACCOUNT_TCP, Connection, FLOW_ESTABLISHED, FlowKey};
 
 use super::{is_over, tell_closed};
-use crate::maps::{Place, is_shared};
+use crate::maps::{Place, Taken, is_shared};
 
-/// A connection that is over keeps its place for so long, that its last segments are translated.
-const OVER_NS: u64 = 2_000_000_000;
-/// One whose client has not answered the backend's SYN keeps it for so long.
-const OPENING_NS: u64 = 5_000_000_000;
+/// A connection that is over keeps its place for so long, so that what is said again is translated (a second, as coarse as its time).
+const OVER_NS: u64 = 10_000_000_000;
+/// One whose client has not answered the backend's SYN keeps it for so long: beyond the fourth SYN of Linux, 15 s after
+/// the first.
+const OPENING_NS: u64 = 20_000_000_000;
 
-/// The place of a new connection with these keys of its entries, with the word by which it is taken; `None` where it must go to
-/// `FLOWS`.
+/// The place of a new connection with these keys of its entries, which nobody else has now; `None` where it must go to `FLOWS`.
 #[inline(always)]
-pub(crate) fn place(key: &FlowKey, reverse: &FlowKey, now_ns: u64) -> Option<(Place, u64)> {
+pub(crate) fn place(key: &FlowKey, reverse: &FlowKey, now_ns: u64) -> Option<Taken> {
     let place = Place::of(key)?;
     let (state, owner) = place.owner()?;
-    // The backend's answers may be another's already, which lies there.
-    if place.is_spilled() && is_shared(reverse) {
+    if owner.is_some_and(|owner| !gives_way(owner, reverse, now_ns)) {
         return None;
     }
-    if let Some(owner) = owner {
-        if !gives_way(owner, key, now_ns) {
-            return None;
-        }
-        if !is_over(owner.forward.flags) {
-            tell_closed(owner.key.endpoint, ACCOUNT_TCP);
-        }
+    let taken = place.take(state)?;
+    let is_kept = owner.is_some_and(|owner| !gives_way(owner, reverse, now_ns));
+    // The backend's answers may be another's already, which lies there.
+    if is_kept || (place.is_spilled() && is_shared(reverse)) {
+        taken.give_back();
+        return None;
     }
-    Some((place, state))
+    if let Some(owner) = owner
+        && !is_over(owner.flags())
+    {
+        tell_closed(owner.connection().key.endpoint, ACCOUNT_TCP);
+    }
+    Some(taken)
 }
 
-/// Whether a connection gives up its place now.
+/// Whether a connection gives up its place now: to one that is answered under the same key at once, when it is over.
 #[inline(always)]
-fn gives_way(owner: &Connection, key: &FlowKey, now_ns: u64) -> bool {
-    let idle = now_ns.wrapping_sub(owner.forward.last_seen_ns);
-    if is_over(owner.forward.flags) {
-        // Who uses the port again waits for nothing more.
-        let is_its_client = owner.key.src == key.src
-            && owner.key.sport_be == key.sport_be
-            && owner.key.endpoint == key.endpoint;
-        is_its_client || idle > OVER_NS
+fn gives_way(owner: Place, reverse: &FlowKey, now_ns: u64) -> bool {
+    let flags = owner.flags();
+    // Another CPU's clock may be a tick ahead.
+    let idle = now_ns.saturating_sub(owner.last_seen_ns());
+    if is_over(flags) {
+        let connection: &Connection = owner.connection();
+        idle > OVER_NS || connection.is_answered_by(reverse)
     } else {
-        owner.forward.flags & FLOW_ESTABLISHED == 0 && idle > OPENING_NS
+        flags & FLOW_ESTABLISHED == 0 && idle > OPENING_NS
     }
 }

@@ -55,6 +55,14 @@ pub(super) fn spill(key: &FlowKey, now_ns: u64) {
     }
 }
 
+/// Whether the place of `key` has its entry, or is just being given to somebody who may.
+#[inline(always)]
+pub(super) fn is_contended(key: &FlowKey) -> bool {
+    Place::of(key).is_some_and(|place| {
+        place.state() & PLACE_BITS == PLACE_TAKEN || place.entry(key).is_some()
+    })
+}
+
 /// Removes the connection that has this key, of either direction; `None` where its place has another, or none.
 #[inline(always)]
 pub(super) fn remove(key: &FlowKey) -> Option<bool> {
@@ -127,40 +135,84 @@ impl Place {
         })
     }
 
-    /// The connection that is here, if any is, and the word by which it may be displaced; `None` while somebody writes one.
+    /// The flags of the connection that is here.
     #[inline(always)]
-    pub(crate) fn owner(self) -> Option<(u64, Option<&'static Connection>)> {
+    pub(crate) fn flags(self) -> u32 {
+        // SAFETY: as in `state`; both directions' CPUs set bits, each on the forward entry at last.
+        unsafe { (&raw const (*self.0.as_ptr()).forward.flags).read_volatile() }
+    }
+
+    /// When the connection that is here was used last, in either direction.
+    #[inline(always)]
+    pub(crate) fn last_seen_ns(self) -> u64 {
+        // SAFETY: as in `state`.
+        let (forward, reverse) = unsafe {
+            let connection = self.0.as_ptr();
+            (
+                (&raw const (*connection).forward.last_seen_ns).read_volatile(),
+                (&raw const (*connection).reverse.last_seen_ns).read_volatile(),
+            )
+        };
+        if forward > reverse { forward } else { reverse }
+    }
+
+    /// Who is here, if anybody, and the word by which the place may be taken; `None` while somebody writes.
+    #[inline(always)]
+    pub(crate) fn owner(self) -> Option<(u64, Option<Self>)> {
         let state = self.state();
         match state & PLACE_BITS {
             PLACE_EMPTY => Some((state, None)),
-            PLACE_LIVE => Some((state, Some(self.connection()))),
+            PLACE_LIVE => Some((state, Some(self))),
             _ => None,
         }
     }
 
-    /// Takes the place that [`Place::owner`] told of for the flow with this reverse entry, and with `addr` and `port_be` in its forward
-    /// one; false where another was first.
+    /// Takes the place that [`Place::owner`] told of; `None` where another was first.
     #[inline(always)]
-    pub(crate) fn take(
+    pub(crate) fn take(self, state: u64) -> Option<Taken> {
+        let taken = state & !PLACE_BITS | PLACE_TAKEN;
+        self.exchange(state, taken).then_some(Taken {
+            place: self,
+            before: state,
+            taken,
+        })
+    }
+}
+
+/// A place that nobody else takes, leaves or finds anything in.
+#[derive(Clone, Copy)]
+pub(crate) struct Taken {
+    place: Place,
+    before: u64,
+    taken: u64,
+}
+
+impl Taken {
+    /// Leaves it as it was.
+    #[inline(always)]
+    pub(crate) fn give_back(self) {
+        self.place.exchange(self.taken, self.before);
+    }
+
+    /// Writes the connection with this reverse entry, and with `addr` and `port_be` in its forward one.
+    #[inline(always)]
+    pub(crate) fn fill(
         self,
-        state: u64,
         key: &FlowKey,
         reverse: &Flow,
         (addr, port_be): (&Addr, u16),
-    ) -> bool {
-        let number = (state | PLACE_BITS).wrapping_add(1);
-        if !self.exchange(state, number | PLACE_TAKEN) {
-            return false;
-        }
+    ) -> &'static Connection {
         // SAFETY: as in `connection`; nobody else writes it while it is taken.
         unsafe {
-            let connection = self.0.as_ptr();
+            let connection = self.place.0.as_ptr();
             (&raw mut (*connection).key).write(*key);
             (&raw mut (*connection).reverse).write(*reverse);
             (&raw mut (*connection).forward).write(*reverse);
             (&raw mut (*connection).forward.addr).write(*addr);
             (&raw mut (*connection).forward.port_be).write(port_be);
         }
-        self.exchange(number | PLACE_TAKEN, number | PLACE_LIVE)
+        let number = (self.taken | PLACE_BITS).wrapping_add(1);
+        self.place.exchange(self.taken, number | PLACE_LIVE);
+        self.place.connection()
     }
 }

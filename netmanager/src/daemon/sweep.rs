@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Pages of 1,024 flows judged in a tick: a bounded share of one CPU. Full maps of the usual size are through
-/// after twelve passes, and after three where somebody waits.
+/// after fourteen passes, and after four where somebody waits.
 const PAGES: usize = 16;
 const PAGES_WHILE_AWAITED: usize = 64;
 /// Where nobody waits, flows are looked at every so many ticks.

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::janitor::{FlowSource, Page};
 
-/// Places that a page of a walk looks at.
-const STEP: u32 = 512;
+/// Entries of places in a page of a walk, as many as of a map.
+const STEP: usize = 1_024;
 
 /// One of the two tables of flows.
 pub struct FlowTable {
@@ -76,9 +76,12 @@ impl FlowTable {
     /// The places from `from` on; `None` where there are no more.
     fn places_page(&mut self, from: u32) -> Option<Page> {
         let places = self.places.as_ref().filter(|places| from < places.len())?;
-        let to = places.len().min(from + STEP);
-        let flows = (from..to).filter_map(|place| places.entries(place));
-        let flows = flows.flatten().collect();
+        let mut flows = Vec::new();
+        let mut to = from;
+        while to < places.len() && flows.len() < STEP {
+            flows.extend(places.entries(to).into_iter().flatten());
+            to += 1;
+        }
         self.at = At::Place(to);
         Some(Page {
             flows,
@@ -133,15 +136,16 @@ impl FlowSource for FlowTable {
         }
     }
 
-    fn remove(&mut self, key: &FlowKey) -> Result<bool, DatapathError> {
-        if self
-            .places
-            .as_ref()
-            .is_some_and(|places| places.remove(key))
-        {
-            return Ok(true);
+    fn remove(
+        &mut self,
+        map: &'static str,
+        key: &FlowKey,
+        flow: &Flow,
+    ) -> Result<bool, DatapathError> {
+        match &self.places {
+            Some(places) if map == FLOWS_DIRECT => Ok(places.remove(key, flow)),
+            _ => self.map.remove(&Raw(*key)),
         }
-        self.map.remove(&Raw(*key))
     }
 
     fn rewind(&mut self) {

@@ -124,10 +124,35 @@ pub(super) fn load_program<'a>(
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, DatapathError> {
     let program = program(object, name)?;
-    program
-        .load()
-        .map_err(|source| program_error("load", name, source))?;
+    patiently(|| program.load()).map_err(|source| program_error("load", name, source))?;
     Ok(program)
+}
+
+/// How often a load is tried that the kernel breaks off.
+const LOADS: u32 = 5;
+
+/// Loads a program, again where the kernel broke off: the verifier looks for signals while it works, and says `EAGAIN` to a
+/// process that has one waiting (bpf_check in the kernel's verifier.c).
+pub(super) fn patiently(
+    load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    again(load, |error| {
+        matches!(error, ProgramError::LoadError { io_error, .. }
+            if io_error.raw_os_error() == Some(libc::EAGAIN))
+    })
+}
+
+fn again<E>(
+    mut load: impl FnMut() -> Result<(), E>,
+    is_broken_off: impl Fn(&E) -> bool,
+) -> Result<(), E> {
+    for _ in 1..LOADS {
+        match load() {
+            Err(error) if is_broken_off(&error) => {}
+            loaded => return loaded,
+        }
+    }
+    load()
 }
 
 /// The pinned dispatcher if there is one, else the object's, loaded and pinned.
@@ -170,5 +195,33 @@ pub(super) fn program_error(
         what,
         name,
         source: Box::new(source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_is_broken_off_is_tried_again_and_no_other() {
+        for (broken_off, then, tries) in [
+            (0, None, 1),
+            (2, None, 3),
+            (1, Some(libc::EACCES), 2),
+            (LOADS + 7, None, LOADS),
+        ] {
+            let mut count = 0;
+            let load = || {
+                count += 1;
+                match then {
+                    _ if count <= broken_off => Err(libc::EAGAIN),
+                    Some(errno) => Err(errno),
+                    None => Ok(()),
+                }
+            };
+            let loaded = again(load, |errno| *errno == libc::EAGAIN);
+            assert_eq!(count, tries);
+            assert_eq!(loaded.is_ok(), then.is_none() && broken_off < LOADS);
+        }
     }
 }

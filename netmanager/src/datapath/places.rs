@@ -1,5 +1,6 @@
 //! `FLOWS_DIRECT`, in memory that is shared with the kernel programs: what is removed here is removed by the same word by which
-//! they take and leave a place, so that never the next connection goes in the stead of the one that was meant.
+//! they take and leave a place, and only if it was born when what was judged was, so that never the next connection goes in
+//! its stead.
 
 use std::{
     num::NonZeroUsize,
@@ -172,9 +173,10 @@ impl Places {
             .map(|(_, flow)| *flow)
     }
 
-    /// Removes the connection that has this key, of either direction; false where it was gone.
-    pub(super) fn remove(&self, key: &FlowKey) -> bool {
-        let Some(connection) = self.find(key) else {
+    /// Removes the connection that has this key, of either direction, if it is the one that `flow` was read of; false where it was gone.
+    pub(super) fn remove(&self, key: &FlowKey, flow: &Flow) -> bool {
+        let is_it = |connection: &Connection| connection.forward.born_s == flow.born_s;
+        let Some(connection) = self.find(key).filter(is_it) else {
             return false;
         };
         let left = connection.state & !PLACE_BITS | PLACE_EMPTY;
@@ -183,6 +185,15 @@ impl Places {
                 .compare_exchange(connection.state, left, Ordering::AcqRel, Ordering::Relaxed)
                 .is_ok()
         })
+    }
+
+    /// Removes all connections.
+    pub(super) fn clear(&self) {
+        for place in 0..self.count {
+            if let Some(state) = self.state(place) {
+                state.fetch_and(!PLACE_BITS, Ordering::AcqRel);
+            }
+        }
     }
 
     /// Says of all places that `FLOWS` must be asked too: it has entries of which no place knows.
@@ -194,19 +205,23 @@ impl Places {
         }
     }
 
-    /// `FLOWS` need not be asked any more for places that nothing in it `is_needed` for, as a walk saw that began at `since_s`.
+    /// `FLOWS` need not be asked any more for places that nothing in it `is_needed` for, as a walk saw that began at `since_s`; where
+    /// it is, and no place says so, it must be.
     pub(super) fn spare_flows(&self, since_s: u32, is_needed: impl Fn(u32) -> bool) {
         for place in 0..self.count {
             let Some(spilled) = self.spilled(place) else {
                 continue;
             };
             let at = spilled.load(Ordering::Acquire);
-            // The programs write the time before the entry: what is a whole second older than the walk was there for it to see.
-            if at == 0 || at.saturating_add(1) >= since_s || is_needed(place) {
-                continue;
-            }
+            let says = match (at, is_needed(place)) {
+                (0, true) => since_s.max(1),
+                (0, false) | (_, true) => continue,
+                // The programs write the time before the entry: what is a whole second older than the walk was there for it to see.
+                (at, false) if at.saturating_add(1) >= since_s => continue,
+                (_, false) => 0,
+            };
             // Whoever goes to `FLOWS` now writes another time.
-            let _ = spilled.compare_exchange(at, 0, Ordering::AcqRel, Ordering::Relaxed);
+            let _ = spilled.compare_exchange(at, says, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 }

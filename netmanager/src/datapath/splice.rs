@@ -26,7 +26,8 @@ use ebpf_common::splice::Offsets;
 use super::{
     DatapathError, bpffs,
     btf::{Btf, BtfError},
-    object::{map_error, open_map, program_error},
+    object::{map_error, open_map, patiently, program_error},
+    places::FLOWS_DIRECT,
     raw::Raw,
     stem,
 };
@@ -114,7 +115,7 @@ fn write(maps: &Path, offsets: Offsets) -> Result<(), DatapathError> {
 /// A number for the maps that a spliced connection's programs read and count in. They keep those with which they were
 /// loaded: once a daemon has moved to others, what they read is old.
 fn identity(maps: &Path) -> Result<u32, DatapathError> {
-    ["BACKENDS", "FLOWS", "FLOWS_LRU", "VIP_COUNTS"]
+    ["BACKENDS", FLOWS_DIRECT, "FLOWS", "FLOWS_LRU", "VIP_COUNTS"]
         .into_iter()
         .try_fold(0_u32, |all, name| {
             let info = MapInfo::from_pin(maps.join(name))
@@ -152,7 +153,7 @@ fn hold_messages(object: &mut Ebpf, maps: &Path) -> Result<(), DatapathError> {
         .ok_or(DatapathError::Missing(MESSAGE))?
         .try_into()
         .map_err(failed("use"))?;
-    program.load().map_err(failed("load"))?;
+    patiently(|| program.load()).map_err(failed("load"))?;
     let link = program
         .attach(&fd)
         .and_then(|id| program.take_link(id))
@@ -170,7 +171,7 @@ fn watch(object: &mut Ebpf, bpffs: &Path, cgroup: &File) -> Result<(), DatapathE
         .ok_or(DatapathError::Missing(SOCK))?
         .try_into()
         .map_err(failed("use"))?;
-    program.load().map_err(failed("load"))?;
+    patiently(|| program.load()).map_err(failed("load"))?;
     let link = program
         .attach(cgroup, CgroupAttachMode::Single)
         .and_then(|id| program.take_link(id))

@@ -199,11 +199,16 @@ pub(super) fn take_over(bpffs: &Path, sizes: &Sizes) -> Result<(Ebpf, PathBuf), 
                 bpffs::remove(&own.maps)?;
                 bpffs::directory(&own.maps)?;
             }
-            let is_asked = source.is_none() || own.maps.join(FLOWS_DIRECT).exists();
             let mut object = load(OBJECT, &own.maps, bpffs, sizes)?;
-            if !is_asked {
-                // A version that knew no places has left connections.
-                Places::open(&own.maps.join(FLOWS_DIRECT))?.ask_flows(now_s());
+            if source.is_some() {
+                let places = MapInfo::from_pin(own.maps.join(FLOWS_DIRECT))
+                    .map_err(|source| map_error(FLOWS_DIRECT, "be asked", source))?;
+                // A version that knows no places runs: what stands in them is old, and its connections are in `FLOWS`.
+                if !running_maps(bpffs)?.contains(&places.id()) {
+                    let places = Places::open(&own.maps.join(FLOWS_DIRECT))?;
+                    places.clear();
+                    places.ask_flows(now_s());
+                }
             }
             for hook in Hook::ALL {
                 load_program(&mut object, hook.names().1)?;
@@ -306,7 +311,9 @@ fn prepare(
             continue;
         }
         let is_foreign = source.layout != next.layout && carry::differs(name);
-        if is_foreign || !source.fits(map, sizes)? {
+        // What is in the places goes to `FLOWS`, so that there must be something to be brought to.
+        let is_awaited = name == carry::FLOWS[0] && copied.contains(&FLOWS_DIRECT);
+        if is_foreign || is_awaited || !source.fits(map, sizes)? {
             copied.push(name);
             continue;
         }

@@ -18,7 +18,7 @@ use std::{
 use arbitrary::{Arbitrary, Result, Unstructured};
 use ebpf_common::{
     addr::{NODE_ENDPOINT, Policy},
-    layout::{BACKEND_DRAINING, BACKEND_LIVE, Backend},
+    layout::{BACKEND_DRAINING, BACKEND_LIVE, Backend, DIRECT_FLOWS},
 };
 use weft_tests::program::{
     Outcome, Sizes,
@@ -53,7 +53,8 @@ const LONGEST: usize = 24;
 pub(crate) static LISTENER: OnceLock<fn(u64)> = OnceLock::new();
 
 thread_local! {
-    static STAGE: RefCell<Stage> = RefCell::new(stage());
+    /// One where nearly every connection has a place of its own, and one where none has.
+    static STAGES: [RefCell<Stage>; 2] = [DIRECT_FLOWS, 1].map(|places| RefCell::new(stage(places)));
 }
 
 /// One step of a sequence.
@@ -109,12 +110,12 @@ struct Past {
     seen: Vec<u8>,
 }
 
-fn stage() -> Stage {
+fn stage(places: u32) -> Stage {
     let mut stage = Stage::new(Sizes {
         flows: 256,
         recent: 4096,
         ageing: AGEING,
-        ..Sizes::default()
+        places,
     });
     stage.limit(CLIENT, QUOTA);
     for (service, policy, backends) in SERVICES {
@@ -134,7 +135,13 @@ fn index(number: u32) -> u32 {
 }
 
 pub(crate) fn run(data: &[u8]) {
-    STAGE.with_borrow_mut(|stage| sequence(stage, &mut Unstructured::new(data)));
+    let which = data.len() % 2;
+    STAGES.with(|stages| {
+        sequence(
+            &mut stages[which].borrow_mut(),
+            &mut Unstructured::new(data),
+        )
+    });
 }
 
 fn sequence(stage: &mut Stage, input: &mut Unstructured<'_>) {

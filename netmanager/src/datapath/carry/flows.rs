@@ -84,6 +84,8 @@ struct Pair<const S: usize, const T: usize> {
     from: Batch<Key, [u8; S]>,
     /// Where more of its source is.
     places: Option<Places>,
+    /// What was met there that gives way, with the time of its last use.
+    unqueued: Vec<(u64, Key)>,
     to: Batch<Key, [u8; T]>,
     /// What was met in this pass.
     keys: Vec<Key>,
@@ -152,7 +154,7 @@ impl Carrier<FLOW, FLOW_1> {
         let mut opening = Pair::open((established, from), (recent, to), |_, _| true)?;
         opening.is_guest = true;
         for pair in [&mut settled, &mut opening] {
-            pair.places = Some(Places::open(&from.join(FLOWS_DIRECT))?);
+            pair.places = left_behind(from, to)?;
         }
         Ok(Self {
             pairs: vec![
@@ -227,8 +229,10 @@ impl<const S: usize, const T: usize> Flows for Carrier<S, T> {
             .flat_map(|pair| pair.keys.iter().zip(&pair.values))
             .filter(|(key, _)| key[DIRECTION] == FLOW_FORWARD)
             .map(|(key, value)| (last_seen(value), *key))
+            .chain(self.pairs.iter().flat_map(|pair| pair.unqueued.clone()))
             .collect();
         found.sort_unstable();
+        found.dedup();
         found.into_iter().map(|(_, key)| key).collect()
     }
 }
@@ -244,6 +248,7 @@ impl<const S: usize, const T: usize> Pair<S, T> {
             is_guest: false,
             from: Batch::open(from, &from_maps.join(from))?,
             places: None,
+            unqueued: Vec::new(),
             to: Batch::open(to, &to_maps.join(to))?,
             keys: Vec::new(),
             values: Vec::new(),
@@ -255,6 +260,7 @@ impl<const S: usize, const T: usize> Pair<S, T> {
     fn meet(&mut self, met: &mut Met) -> Result<(), DatapathError> {
         let others = met.values().filter(|to| **to == self.to.name()).count();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let mut unqueued = Vec::new();
         let mut look = |key: Key, value: [u8; S]| {
             if (self.takes)(&key, &value) && !met.contains_key(&key) {
                 met.insert(key, self.to.name());
@@ -263,9 +269,15 @@ impl<const S: usize, const T: usize> Pair<S, T> {
             }
         };
         self.from.each(&mut look)?;
-        for (key, flow) in self.places.iter().flat_map(Places::all) {
+        for (key, mut flow) in self.places.iter().flat_map(Places::all) {
+            // In a place nobody needs to be in the queue.
+            flow.flags &= !layout::FLOW_QUEUED;
+            if key.direction == FLOW_FORWARD && !is_settled(flow.flags) {
+                unqueued.push((flow.last_seen_ns, bytes_of(&key)));
+            }
             look(bytes_of(&key), resized::<FLOW, S>(bytes_of(&flow)));
         }
+        self.unqueued = unqueued;
         if self.is_guest {
             self.leave_room(others, &mut keys, &mut values)?;
         }
