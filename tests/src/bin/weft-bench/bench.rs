@@ -191,6 +191,8 @@ impl Bench {
             Metric::Throughput,
             Metric::RequestResponse,
             Metric::Connections,
+            Metric::RequestResponseOneCpu,
+            Metric::ConnectionsOneCpu,
             Metric::Datagrams,
         ]);
         let mut figures = Figures::default();
