@@ -390,6 +390,43 @@ impl KnowledgeBase {
         }
     }
 
+    /// A copy to place `applications` on, and no others: the clusters, what they link to, and what runs of them.
+    pub(crate) fn excerpt<'a>(&self, applications: impl Iterator<Item = &'a AppName>) -> Self {
+        let mut excerpt = Self {
+            mesh: self.mesh.clone(),
+            index: self.index,
+            log_time_ms: self.log_time_ms,
+            clusters: self.clusters.clone(),
+            level: self.level,
+            ..Self::default()
+        };
+        for app in applications {
+            let Some(state) = self.applications.get(app) else {
+                continue;
+            };
+            let linked = state.spec.links.iter().map(|link| link.to.app());
+            for name in linked.chain([app.clone()]) {
+                if let Some(state) = self.applications.get(&name) {
+                    excerpt.applications.insert(name, state.clone());
+                }
+            }
+            let first = app.service(&Name::least());
+            let services = self.services.range(first.clone()..);
+            let services = services.take_while(|(name, _)| name.is_of(app));
+            let services = services.map(|(name, service)| (name.clone(), service.clone()));
+            excerpt.services.extend(services);
+            let slots = self.slots.range(first.slot(0)..);
+            let slots = slots.take_while(|(slot, _)| slot.service.is_of(app));
+            let slots = slots.map(|(slot, bindings)| (slot.clone(), bindings.clone()));
+            excerpt.slots.extend(slots);
+            let migrations = self.migrations.range(first.slot(0)..);
+            let migrations = migrations.take_while(|(slot, _)| slot.service.is_of(app));
+            let migrations = migrations.map(|(slot, it)| (slot.clone(), it.clone()));
+            excerpt.migrations.extend(migrations);
+        }
+        excerpt
+    }
+
     /// The state's revision, as tables show it: the last change that a table may show.
     #[must_use]
     pub fn revision(&self) -> Revision {

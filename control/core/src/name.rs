@@ -118,6 +118,11 @@ pub struct ServiceName {
 }
 
 impl ServiceName {
+    /// Whether it belongs to `app`.
+    pub(crate) fn is_of(&self, app: &AppName) -> bool {
+        self.namespace == app.namespace && self.application == app.name
+    }
+
     /// The application it belongs to.
     #[must_use]
     pub fn app(&self) -> AppName {

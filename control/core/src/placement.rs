@@ -12,6 +12,7 @@ use crate::{
     name::{Name, ServiceName, Slot},
 };
 
+pub(crate) use self::view::Places;
 pub use self::{
     filter::{Held, STALE_MS, Unfit},
     search::{Answer, Task, place},

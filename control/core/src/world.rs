@@ -17,7 +17,7 @@ use crate::{
     index::Changed,
     name::{Name, ServiceName, Slot},
     placement::{Held, View},
-    plan::{Inputs, plan},
+    plan::{Draft, Inputs, follow_up, plan},
     report::{
         ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
     },
@@ -340,6 +340,7 @@ impl World {
             }
         }
         let commands = plan(&self.kb, &self.inputs, self.now_ms);
+        assert_eq!(self.drafted(), commands);
         if !commands.is_empty() {
             let outcomes = self.entry(commands.clone());
             for (command, outcome) in commands.iter().zip(outcomes) {
@@ -349,6 +350,18 @@ impl World {
             for outcome in self.entry(commands.clone()) {
                 assert!(outcome.is_err(), "{outcome:?}");
             }
+        }
+        commands
+    }
+
+    /// What is planned now, from what a draft has copied.
+    fn drafted(&self) -> Vec<Command> {
+        let (kb, inputs, now_ms) = (&self.kb, &self.inputs, self.now_ms);
+        let mut commands = follow_up(kb, inputs, now_ms);
+        if let Some(draft) = Draft::of(kb, inputs, now_ms, None) {
+            let part = draft.place(|| false);
+            assert_eq!(part.next, None);
+            commands.extend(part.commands);
         }
         commands
     }

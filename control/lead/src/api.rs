@@ -35,9 +35,10 @@ use utoipa::OpenApi;
 
 use crate::{
     door::caller::{Asking, Route, guard},
-    lead::Lead,
+    lead::{AskError, Lead},
     once::{self, Key, Request},
     problem::Refusal,
+    raft::propose::ProposeError,
 };
 
 /// How long an answer waits for this lead's own replica.
@@ -369,8 +370,15 @@ async fn apply(
         return Err(refusal);
     }
     if query.dry_run {
-        let follow = plan::plan(&tried, &Inputs::default(), now);
-        try_out(&mut tried, follow, now);
+        // All of the mesh is planned for: a lead has others to answer meanwhile.
+        let tried = lead.aside.work(move || {
+            let follow = plan::plan(&tried, &Inputs::default(), now);
+            try_out(&mut tried, follow, now);
+            tried
+        });
+        let tried = tried
+            .await
+            .ok_or(AskError::Propose(ProposeError::Stopped))?;
         let results: Vec<_> = goals.iter().map(|goal| result(&before, goal)).collect();
         return Ok(Json(applied(&tried, &goals, &results, now, true)));
     }

@@ -16,7 +16,7 @@ use std::{
 
 use control_core::{base::ClusterState, command::Command, name::Name};
 use netmanager_api::{conditions::Conditions, identity::RevokedList};
-use openraft::{LogId, ServerState};
+use openraft::{LogId, RaftMetrics, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{mpsc, watch},
@@ -39,7 +39,7 @@ use crate::{
     },
     replica::Replica,
     room::watch::Rooms,
-    world::Clock,
+    world::{Aside, Clock},
 };
 
 /// How long an ask looks for a leader that can serve it.
@@ -183,6 +183,7 @@ pub(crate) struct Lead {
     pub(crate) courier: Courier,
     pub(crate) timers: Timers,
     pub(crate) clock: Clock,
+    pub(crate) aside: Aside,
     pub(crate) election: Election,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) board: Mutex<Board>,
@@ -455,13 +456,18 @@ impl Lead {
     /// Whether a majority acknowledged this leader so lately that no other can have been elected and then
     /// waited a lease.
     pub(crate) fn has_majority(&self) -> bool {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow();
-        let alone = metrics.membership_config.voter_ids().count() <= 1;
-        alone
-            || metrics
-                .millis_since_quorum_ack
-                .is_some_and(|ms| ms <= self.timers.lease_ms)
+        hears_majority(&self.raft.metrics().borrow(), self.timers)
+    }
+
+    /// Waits until [`Lead::has_majority`], this lead leads no more, or it took too long: who was itself held up hears
+    /// its majority with the next heartbeat.
+    pub(crate) async fn hear_majority(&self) {
+        let mut metrics = self.raft.metrics();
+        let heard = metrics.wait_for(|metrics| {
+            metrics.state != ServerState::Leader || hears_majority(metrics, self.timers)
+        });
+        // Who proposes looks at what came of it.
+        let _ = timeout(CONFIRM, heard).await;
     }
 
     /// The leader, as far as this lead knows.
@@ -499,6 +505,13 @@ impl Lead {
     pub(crate) fn leases(&self) -> std::sync::MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a majority acknowledged the leader within a lease.
+fn hears_majority(metrics: &RaftMetrics<u64, Member>, timers: Timers) -> bool {
+    let alone = metrics.membership_config.voter_ids().count() <= 1;
+    let since = metrics.millis_since_quorum_ack;
+    alone || since.is_some_and(|ms| ms <= timers.lease_ms)
 }
 
 /// Whether a leader of `term` that has applied `applied` knows all that was acknowledged before: an entry of its

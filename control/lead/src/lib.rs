@@ -56,7 +56,7 @@ pub use crate::{
     },
     room::Space,
     running::{Running, Settings},
-    world::{Boxed, Clock, Storage, Wire, World},
+    world::{Aside, Boxed, Clock, Storage, Wire, Work, World},
 };
 
 /// How a lead is started.
@@ -225,6 +225,7 @@ pub async fn serve(
         storage: Arc::new(Folder(options.data)),
         wire: Arc::new(Connections::new(Arc::new(credentials))),
         clock: Clock::default(),
+        aside: Aside::default(),
     };
     let settings = Settings {
         name: options.name.clone(),

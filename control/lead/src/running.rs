@@ -110,6 +110,7 @@ impl Running {
             timers: settings.timers,
             keys: Keys::new(world.clock.now_ms()),
             clock: world.clock,
+            aside: world.aside,
             election: election.clone(),
             leases: Leases::default().into(),
             board: Board::default().into(),

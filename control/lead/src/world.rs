@@ -1,9 +1,10 @@
-//! What a lead finds around it: a disk, a way to the other leads, the time of day.
+//! What a lead finds around it: a disk, a way to the other leads, the time of day, threads.
 //!
 //! ```text
 //!  Running --+-- Storage   a folder of the machine's     | what a simulation calls a disk
 //!            +-- Wire      HTTP/2 over TLS to their doors | what a simulation calls a network
-//!            '-- Clock     the system's                   | one that jumps
+//!            +-- Clock     the system's                   | one that jumps
+//!            '-- Aside     threads of their own           | in turn with everything else
 //! ```
 //!
 //! Timers and the monotonic clock are tokio's, which a simulation stops by itself. What goes over these seams
@@ -23,6 +24,7 @@ use std::{
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use redb::{Builder, Database};
+use tokio::sync::oneshot;
 
 use crate::{dial::DialError, raft::DiskError, room::Space};
 
@@ -97,6 +99,61 @@ impl fmt::Debug for Clock {
     }
 }
 
+/// What is worked out at one go.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// Where something is worked out that takes long: beside what must be answered meanwhile.
+#[derive(Clone)]
+pub struct Aside(Arc<dyn Fn(Work) -> Boxed<'static, ()> + Send + Sync>);
+
+impl Aside {
+    /// Where `run` does it.
+    pub fn new(run: impl Fn(Work) -> Boxed<'static, ()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(run))
+    }
+
+    /// Nowhere else: everything waits until it is done, so that it always takes its turn alike.
+    #[must_use]
+    pub fn in_turn() -> Self {
+        Self::new(|work| {
+            work();
+            Box::pin(async {})
+        })
+    }
+
+    /// What comes of `work`; nothing when it panicked.
+    pub(crate) async fn work<R: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> R + Send + 'static,
+    ) -> Option<R> {
+        let (reply, result) = oneshot::channel();
+        let work = Box::new(move || {
+            // Who asked may be gone.
+            let _ = reply.send(work());
+        });
+        (self.0)(work).await;
+        result.await.ok()
+    }
+}
+
+impl Default for Aside {
+    /// Threads of their own.
+    fn default() -> Self {
+        Self::new(|work| {
+            Box::pin(async {
+                // Work that died has not answered, which is how its asker knows.
+                let _ = tokio::task::spawn_blocking(work).await;
+            })
+        })
+    }
+}
+
+impl fmt::Debug for Aside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Aside").finish_non_exhaustive()
+    }
+}
+
 /// All of it.
 #[derive(Clone, Debug)]
 pub struct World {
@@ -106,6 +163,8 @@ pub struct World {
     pub wire: Arc<dyn Wire>,
     /// The clock.
     pub clock: Clock,
+    /// Where it works out what takes long.
+    pub aside: Aside,
 }
 
 /// A folder of the machine's, with the database `lead.redb`.

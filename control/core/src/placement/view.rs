@@ -25,8 +25,8 @@ pub struct View<'a> {
 }
 
 /// Where everything is.
-#[derive(Default)]
-struct Places {
+#[derive(Debug, Default)]
+pub(crate) struct Places {
     /// Smallest measured round-trip time between two clusters, both ways round, microseconds.
     rtt: Rtt,
     booked: BTreeMap<Name, Booked>,
@@ -34,14 +34,14 @@ struct Places {
 }
 
 /// What is promised in one cluster.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct Booked {
     total: Load,
     nodes: BTreeMap<String, Load>,
 }
 
 /// A sum of requests.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Load {
     pub(super) cpu_milli: u64,
     pub(super) memory: u64,
@@ -86,20 +86,11 @@ impl<'a> View<'a> {
     /// The Knowledge Base as it is, judged at `now_ms`.
     #[must_use]
     pub fn new(kb: &'a KnowledgeBase, now_ms: u64) -> Self {
-        let mut is = Places {
-            rtt: rtt(kb),
-            ..Places::default()
-        };
-        for (slot, bindings) in &kb.slots {
-            for binding in bindings.values() {
-                is.book(binding);
-            }
-            is.note(kb, slot);
-        }
-        Self::on_top_of(is, kb, now_ms)
+        Self::on_top_of(Places::of(kb), kb, now_ms)
     }
 
-    fn on_top_of(is: Places, kb: &'a KnowledgeBase, now_ms: u64) -> Self {
+    /// Where everything is as `is` says; what is said of clusters, and of what is tried, is said by `kb`.
+    pub(crate) fn on_top_of(is: Places, kb: &'a KnowledgeBase, now_ms: u64) -> Self {
         Self {
             kb,
             now_ms,
@@ -281,6 +272,21 @@ impl<'a> View<'a> {
 }
 
 impl Places {
+    /// As the Knowledge Base is.
+    pub(crate) fn of(kb: &KnowledgeBase) -> Self {
+        let mut is = Self {
+            rtt: rtt(kb),
+            ..Self::default()
+        };
+        for (slot, bindings) in &kb.slots {
+            for binding in bindings.values() {
+                is.book(binding);
+            }
+            is.note(kb, slot);
+        }
+        is
+    }
+
     /// Counts what is promised to a binding.
     fn book(&mut self, binding: &Binding) {
         let load = Load::of(&binding.template.requests);

@@ -34,6 +34,80 @@ fn the_same_goal_file_again_and_constant_input_change_nothing() {
 }
 
 #[test]
+fn a_plan_in_parts_goes_on_behind_what_can_be_placed_nowhere() {
+    let mut world = World::new();
+    world.settle();
+    let nowhere = SHOP.replace("tier: [edge]", "labels: { no: where }");
+    for (app, goal) in [("one", SHOP), ("three", SHOP), ("two", &nowhere)] {
+        let goal = goal.replace("name: shop", &format!("name: {app}"));
+        world.apply(&goal).unwrap();
+    }
+    let mut counts = Vec::new();
+    let mut next = None;
+    // What is in flight is planned once more, and changes nothing.
+    while counts.len() < 4 {
+        let (kb, inputs) = (&world.kb, &world.inputs);
+        let draft = Draft::of(kb, inputs, world.now_ms, next.as_ref());
+        let part = draft.map(|draft| draft.place(|| true));
+        let part = part.unwrap_or_default();
+        let outcomes = world.entry(part.commands);
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+        counts.push(outcomes.len());
+        next = part.next;
+    }
+    // The fourth begins anew: only what has no place is looked at again.
+    assert_eq!((counts, next), (vec![4, 4, 3, 0], None));
+}
+
+#[test]
+fn what_a_draft_looks_at_is_what_its_applications_link_to_and_no_others() {
+    let mut world = World::new();
+    for (app, to) in [
+        ("one", "stock"),
+        ("three", "stock"),
+        ("two", "default/one/front"),
+    ] {
+        let goal = SHOP.replace("name: shop", &format!("name: {app}"));
+        let goal = goal.replace("to: stock", &format!("to: {to}"));
+        world.apply(&goal).unwrap();
+    }
+    world.settle();
+    let two = service("default/two/front").app();
+    let excerpt = world.kb.excerpt([&two].into_iter());
+    for (name, is_known, runs) in [("one", true, 0), ("three", false, 0), ("two", true, 4)] {
+        let front = service(&format!("default/{name}/front"));
+        let known = is_known.then(|| world.kb.goal(&front).unwrap());
+        assert_eq!(excerpt.goal(&front), known, "{name}");
+        let slots = excerpt
+            .slots
+            .keys()
+            .filter(|it| it.service.is_of(&front.app()));
+        assert_eq!(slots.count(), runs, "{name}");
+    }
+}
+
+#[test]
+fn a_part_of_a_plan_is_as_large_as_an_entry() {
+    let mut world = World::new();
+    world.settle();
+    let many = SHOP.replace("ports: [{ name: http, port: 80 }]", "replicas: 100");
+    for app in ["a", "b", "c", "d"] {
+        let goal = many.replace("name: shop", &format!("name: {app}"));
+        world.apply(&goal).unwrap();
+    }
+    let (kb, inputs) = (&world.kb, &world.inputs);
+    let draft = Draft::of(kb, inputs, world.now_ms, None).unwrap();
+    let wanted: Vec<_> = draft
+        .restless
+        .wants
+        .iter()
+        .map(|(_, it)| it.len())
+        .collect();
+    assert_eq!(wanted, [103, 103, 103]);
+    assert_eq!(draft.restless.next.unwrap().name, name("d"));
+}
+
+#[test]
 fn a_goal_change_moves_services_make_before_break() {
     let mut world = shop();
     world.flows = 3;

@@ -22,10 +22,11 @@ use super::*;
 use crate::{
     dial::DialError,
     raft::{APPEND, DiskError, STAND, Stand, decode, election, encode},
-    world::{Boxed, Clock, Storage, Wire},
+    world::{Aside, Boxed, Clock, Storage, Wire},
 };
 
 mod large;
+mod plan;
 mod room;
 
 const NAMES: &[&str] = &["a", "b", "c"];
@@ -180,6 +181,16 @@ impl Group {
 
     /// Each lead on a disk of its own.
     async fn on(disk: &dyn Fn(&str) -> Arc<dyn Storage>, names: &[&str], rule: Rule) -> Self {
+        Self::with(disk, Aside::default(), names, rule).await
+    }
+
+    /// With what takes long worked out where a test says.
+    async fn with(
+        disk: &dyn Fn(&str) -> Arc<dyn Storage>,
+        aside: Aside,
+        names: &[&str],
+        rule: Rule,
+    ) -> Self {
         let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
         let names = names.iter().map(|name| (*name).to_owned());
         let names: Vec<_> = names.collect();
@@ -213,6 +224,7 @@ impl Group {
                     rule: rule.clone(),
                 }),
                 clock: Clock::default(),
+                aside: aside.clone(),
             };
             let lead = Running::start(settings, world, group.shutdown.clone());
             let lead = lead.await.unwrap();

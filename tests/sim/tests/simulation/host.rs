@@ -24,7 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
-use weft_lead::{Clock, Running, Settings, World};
+use weft_lead::{Aside, Clock, Running, Settings, World};
 
 use crate::{
     disk::Disk,
@@ -143,6 +143,7 @@ impl LeadHost {
             storage: Arc::new(self.disk.clone()),
             wire: Arc::new(wire),
             clock: Clock::new(time_of_day),
+            aside: Aside::in_turn(),
         };
         let runtime = runtime();
         runtime.block_on(async { self.clock.set(now, Instant::now()) });
