@@ -203,10 +203,14 @@ pub(super) fn take_over(bpffs: &Path, sizes: &Sizes) -> Result<(Ebpf, PathBuf), 
             if source.is_some() {
                 let places = MapInfo::from_pin(own.maps.join(FLOWS_DIRECT))
                     .map_err(|source| map_error(FLOWS_DIRECT, "be asked", source))?;
-                // A version that knows no places runs: what stands in them is old, and its connections are in `FLOWS`.
-                if !running_maps(bpffs)?.contains(&places.id()) {
+                let used = running_maps(bpffs)?;
+                if !used.contains(&places.id()) {
                     let places = Places::open(&own.maps.join(FLOWS_DIRECT))?;
-                    places.clear();
+                    // A version that knows no places runs: what stands in them is old. Of nothing that runs nothing is known.
+                    if !used.is_empty() {
+                        places.clear();
+                    }
+                    // Its connections are in `FLOWS`.
                     places.ask_flows(now_s());
                 }
             }
