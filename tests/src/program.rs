@@ -40,6 +40,8 @@ pub const DROPPED: u32 = 2;
 pub const REDIRECTED: u32 = 7;
 /// What a test run sees as its device: loopback's index in every network namespace.
 const DEVICE: u32 = 1;
+/// Where `ifindex` is in `struct __sk_buff` (linux/bpf.h), bytes.
+const IFINDEX: usize = 40;
 
 /// What a program did with one packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -231,23 +233,34 @@ impl Node {
 
     /// An Ethernet frame that `sender` sends, through the dispatcher.
     pub fn from_pod(&mut self, sender: &Endpoint, frame: &[u8]) -> Outcome {
+        self.link(DEVICE, sender);
+        self.from_link(DEVICE, frame)
+    }
+
+    /// Makes an endpoint the one that sends by the device with this index.
+    pub fn link(&mut self, device: u32, sender: &Endpoint) {
         let value = sender.to_array::<64>();
         if self.known != Known::ByPlace {
             self.hash::<4, 64>("ENDPOINTS")
-                .insert(DEVICE.to_ne_bytes(), value, 0)
+                .insert(device.to_ne_bytes(), value, 0)
                 .expect("ENDPOINTS has room");
         }
         if self.known != Known::ByHash {
             self.array::<64>("ENDPOINTS_DIRECT")
-                .set(direct_link(DEVICE), value, 0)
+                .set(direct_link(device), value, 0)
                 .expect("every link has a place");
         }
-        self.run("weft_dispatch_pod", frame)
+    }
+
+    /// An Ethernet frame by a device, which is one of this network namespace. CPUs may do so at once.
+    #[must_use]
+    pub fn from_link(&self, device: u32, frame: &[u8]) -> Outcome {
+        self.run("weft_dispatch_pod", Some(device), frame)
     }
 
     /// An IP packet that comes out of the tunnel, through the dispatcher.
     pub fn from_tunnel(&mut self, packet: &[u8]) -> Outcome {
-        self.run("weft_dispatch_tunnel", packet)
+        self.run("weft_dispatch_tunnel", None, packet)
     }
 
     /// How many packets a reason was counted for, on all CPUs.
@@ -398,18 +411,25 @@ impl Node {
             .expect("ANSWERS gives way");
     }
 
-    fn run(&mut self, name: &str, packet: &[u8]) -> Outcome {
-        let program: &mut SchedClassifier = self
+    fn run(&self, name: &str, device: Option<u32>, packet: &[u8]) -> Outcome {
+        let program: &SchedClassifier = self
             .ebpf
-            .program_mut(name)
+            .program(name)
             .expect("loaded above")
             .try_into()
             .expect("a classifier");
         let mut out = vec![0_u8; packet.len() + 256];
+        // What is not said of it is zero.
+        let context = device.map(|device| {
+            let mut context = [0; IFINDEX + 4];
+            context[IFINDEX..].copy_from_slice(&device.to_ne_bytes());
+            context
+        });
         let result = program
             .test_run(TestRunOptions {
                 data_in: Some(packet),
                 data_out: Some(&mut out),
+                ctx_in: context.as_ref().map(|context| context.as_slice()),
                 ..TestRunOptions::default()
             })
             .unwrap_or_else(|error| panic!("{name} does not run: {error}"));

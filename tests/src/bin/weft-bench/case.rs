@@ -98,14 +98,19 @@ impl Case {
         let Some(path) = self.path(family) else {
             return Ok(None);
         };
+        self.load(&path, metric, time)
+            .with_context(|| self.name.to_owned())
+    }
+
+    fn load(&self, path: &Path<'_>, metric: Metric, time: Duration) -> Result<Option<f64>> {
         let Some(cgroup) = &self.cgroup else {
-            return load::measure(&path, metric, time).map(Some);
+            return load::measure(path, metric, time).map(Some);
         };
         if metric == Metric::Datagrams {
             return Ok(None);
         }
         cgroup.enter().context("failed to enter the cgroup")?;
-        let value = load::measure(&path, metric, time);
+        let value = load::measure(path, metric, time);
         cgroup.leave().context("failed to leave the cgroup")?;
         value.map(Some)
     }
