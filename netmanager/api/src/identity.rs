@@ -7,18 +7,20 @@
 //!  weft://<mesh>/node/<cluster>/<node>    weft://<mesh>/user/<name>[/<access>]
 //! ```
 //!
-//! Both sides of every door show one, signed by the mesh's CA, and each door says which roles it opens for.
+//! Both sides of every door show one, signed by the mesh's CA (an agent's and a node's also by a lead that the CA lets
+//! sign), and each door says which roles it opens for.
 //! Names of hosts mean nothing here: what is checked is the chain, the mesh and the role, so that an address
 //! may change without a new certificate. No session is resumed: that would spare the check of the certificate. This
 //! module does *not* issue certificates.
 
 mod access;
+pub mod files;
 mod held;
 mod revoked;
 mod shown;
 mod verify;
 
-use std::{fmt, fs, path::Path, str::FromStr, sync::Arc};
+use std::{fmt, fs, io, path::Path, str::FromStr, sync::Arc};
 
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
@@ -121,6 +123,15 @@ pub enum IdentityError {
         /// Why.
         #[source]
         source: rustls_pki_types::pem::Error,
+    },
+    /// A file cannot be written.
+    #[error("failed to write {path}")]
+    Write {
+        /// Which file.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// A private key that others may read.
     #[error("{path} is readable by others (mode {mode:o}): chmod 600 {path}")]

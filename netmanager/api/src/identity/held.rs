@@ -10,10 +10,10 @@
 //! are replaced one after the other: what does not belong together is not taken, and what served goes on.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
     sync::{
         Arc, PoisonError, RwLock,
@@ -28,40 +28,20 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier},
     sign::CertifiedKey,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem, pem::PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
 use tokio::time::{Instant, sleep};
 
-use super::{Identity, IdentityError, Shown, check_key_mode, file_error, fingerprint, provider};
+use super::{
+    Identity, IdentityError, Shown, file_error,
+    files::{self, Files},
+    fingerprint, provider, verify,
+};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(2);
 /// How long before its end a certificate is complained of, and how often.
 const SOON: Duration = Duration::from_secs(30 * DAY.as_secs());
 const DAY: Duration = Duration::from_secs(86_400);
-
-/// The files of a folder, as they are.
-#[derive(Clone, PartialEq, Eq)]
-struct Files {
-    chain: Vec<u8>,
-    key: Vec<u8>,
-    authorities: Vec<u8>,
-}
-
-impl Files {
-    fn read(dir: &Path) -> Result<Self, IdentityError> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            fs::read(&path).map_err(|error| file_error(&path, pem::Error::Io(error)))
-        };
-        let chain = read("tls.crt")?;
-        check_key_mode(&dir.join("tls.key"))?;
-        Ok(Self {
-            chain,
-            key: read("tls.key")?,
-            authorities: read("ca.crt")?,
-        })
-    }
-}
 
 /// What handshakes use from now on.
 pub(super) struct Current {
@@ -75,7 +55,7 @@ pub(super) struct Current {
 }
 
 impl Current {
-    fn of(files: Files, dir: &Path) -> Result<Self, IdentityError> {
+    pub(super) fn of(files: Files, dir: &Path) -> Result<Self, IdentityError> {
         let certificates = |name: &str, bytes: &[u8]| {
             CertificateDer::pem_slice_iter(bytes)
                 .collect::<Result<Vec<_>, _>>()
@@ -90,7 +70,7 @@ impl Current {
             authorities.push(fingerprint(&certificate));
             roots.add(certificate).map_err(IdentityError::Tls)?;
         }
-        let shown = Shown::of_certificate(chain.first().ok_or(IdentityError::Count(0))?)?;
+        let shown = Shown::of_chain(&chain)?;
         let own = CertifiedKey::from_der(chain, key, &provider()).map_err(IdentityError::Tls)?;
         let roots = Arc::new(roots);
         let failed = |error: &dyn fmt::Display| IdentityError::Authority(error.to_string());
@@ -111,13 +91,21 @@ impl Current {
     }
 
     /// Whether the authorities vouch for who showed this chain.
-    fn vouch_for(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+    pub(super) fn vouch_for(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
         let Some((certificate, others)) = chain.split_first() else {
             return Err(rustls::Error::NoCertificatesPresented);
         };
-        self.clients
-            .verify_client_cert(certificate, others, UnixTime::now())
-            .map(drop)
+        let by = |others: &[CertificateDer<'_>]| {
+            self.clients
+                .verify_client_cert(certificate, others, UnixTime::now())
+        };
+        verify::vouched(certificate, others, by).map(drop)
+    }
+
+    /// What the own certificate says, if the own authorities vouch for it: else nobody would open to it, and it to nobody.
+    pub(super) fn check(&self) -> Result<&Shown, IdentityError> {
+        self.vouch_for(&self.own.cert).map_err(IdentityError::Own)?;
+        Ok(&self.shown)
     }
 }
 
@@ -160,6 +148,7 @@ struct Seen {
 
 impl Held {
     pub(super) fn load(dir: &Path) -> Result<Self, IdentityError> {
+        files::mend(dir)?;
         let current = Current::of(Files::read(dir)?, dir)?;
         Ok(Self {
             dir: dir.to_owned(),
@@ -268,8 +257,7 @@ impl Held {
                 is: next.shown.identity.to_string(),
             });
         }
-        // Else nobody would open to it, and it to nobody.
-        next.vouch_for(&next.own.cert).map_err(IdentityError::Own)?;
+        next.check()?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())

@@ -13,9 +13,10 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
+use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
-use super::{Shown, held::Held};
+use super::{IdentityError, Shown, held::Held};
 
 /// What is revoked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,13 +31,17 @@ pub struct Revoked {
 }
 
 impl Revoked {
-    /// Whether this certificate is revoked.
+    /// Whether this certificate is revoked, or one of who signed it.
     #[must_use]
     pub fn holds(&self, shown: &Shown) -> bool {
         // The usual case, asked whenever something is read.
         if self.is_empty() {
             return false;
         }
+        self.names(shown) || shown.signers.iter().any(|signer| self.names(signer))
+    }
+
+    fn names(&self, shown: &Shown) -> bool {
         let until = self.holders.get(&shown.identity.holder());
         until.is_some_and(|until| shown.issued_ms <= *until)
             || self.certificates.contains_key(&shown.fingerprint)
@@ -79,6 +84,24 @@ impl RevokedList {
             .unwrap_or_default()
     }
 
+    /// What a chain says, if these doors would take it now: an authority vouches for it, and it is not revoked.
+    ///
+    /// # Errors
+    /// With the reason why they would not.
+    pub fn accept(&self, chain: &[CertificateDer<'_>]) -> Result<Shown, IdentityError> {
+        let held = self.held.as_ref();
+        let held = held.ok_or_else(|| IdentityError::Authority("there is none".to_owned()))?;
+        held.current()
+            .vouch_for(chain)
+            .map_err(IdentityError::Own)?;
+        let shown = Shown::of_chain(chain)?;
+        if self.holds(&shown) {
+            let revoked = rustls::CertificateError::Revoked.into();
+            return Err(IdentityError::Own(revoked));
+        }
+        Ok(shown)
+    }
+
     /// From now on this is revoked, and nothing else.
     pub fn set(&self, revoked: Revoked) {
         *self.revoked.write().unwrap_or_else(PoisonError::into_inner) = revoked;
@@ -105,6 +128,7 @@ mod tests {
             issued_ms,
             expires_ms: u64::MAX,
             chain: Vec::new(),
+            signers: Vec::new(),
         }
     }
 
@@ -128,6 +152,25 @@ mod tests {
         ] {
             let shown = shown(identity, issued_ms);
             assert_eq!(list.holds(&shown), want, "{identity} of {issued_ms}");
+        }
+    }
+
+    #[test]
+    fn what_a_revoked_one_has_signed_is_revoked_with_it() {
+        let signer = shown("weft://m/lead/a", 5);
+        let signed = Shown {
+            signers: vec![signer.clone()],
+            ..shown("weft://m/agent/edge", 9)
+        };
+        let by_holder = BTreeMap::from([(signer.identity.holder(), 5)]);
+        let by_print = BTreeMap::from([(signer.fingerprint, signer.identity.holder())]);
+        for (holders, certificates) in [(by_holder, BTreeMap::new()), (BTreeMap::new(), by_print)] {
+            let revoked = Revoked {
+                holders,
+                certificates,
+            };
+            assert!(revoked.holds(&signed), "{revoked:?}");
+            assert!(!revoked.holds(&shown("weft://m/agent/edge", 9)));
         }
     }
 

@@ -36,6 +36,8 @@ pub struct Shown {
     pub expires_ms: u64,
     /// All that was shown, the holder's own certificate first; empty where it was not shown on a connection.
     pub(super) chain: Vec<CertificateDer<'static>>,
+    /// Who signed it for the authority, as far as that was shown: what is revoked of theirs is revoked of it.
+    pub(super) signers: Vec<Shown>,
 }
 
 impl Shown {
@@ -56,16 +58,41 @@ impl Shown {
             issued_ms: ms(validity.not_before.timestamp().saturating_add(backdated)),
             expires_ms: ms(validity.not_after.timestamp()),
             chain: Vec::new(),
+            signers: Vec::new(),
         })
     }
 
-    /// Reads the first certificate in a file, PEM.
+    /// Reads a chain, the holder's own certificate first; it ends with the first of them that does.
     ///
     /// # Errors
-    /// As [`Shown::of_certificate`], and when the file cannot be read.
+    /// As [`Shown::of_certificate`], and when there is none.
+    pub fn of_chain(chain: &[CertificateDer<'_>]) -> Result<Self, IdentityError> {
+        let (own, others) = chain.split_first().ok_or(IdentityError::Count(0))?;
+        let own = Self::of_certificate(own)?;
+        // What names nobody signs for nobody: see `verify`.
+        let signers: Vec<_> = others
+            .iter()
+            .filter_map(|it| Self::of_certificate(it).ok())
+            .collect();
+        let ends = signers.iter().map(|signer| signer.expires_ms);
+        Ok(Self {
+            expires_ms: ends.fold(own.expires_ms, u64::min),
+            chain: chain
+                .iter()
+                .cloned()
+                .map(CertificateDer::into_owned)
+                .collect(),
+            signers,
+            ..own
+        })
+    }
+
+    /// Reads the chain in a file, PEM.
+    ///
+    /// # Errors
+    /// As [`Shown::of_chain`], and when the file cannot be read.
     pub fn of_file(path: &Path) -> Result<Self, IdentityError> {
-        let chain = super::certificates(path)?;
-        Self::of_certificate(chain.first().ok_or(IdentityError::Count(0))?)
+        Self::of_chain(&super::certificates(path)?)
     }
 
     /// Reads what the other end of a connection showed.
@@ -73,20 +100,12 @@ impl Shown {
     /// # Errors
     /// As [`Shown::of_certificate`], and when it showed nothing.
     pub fn of_peer(session: &CommonState) -> Result<Self, IdentityError> {
-        let chain = session.peer_certificates().unwrap_or_default();
-        let own = chain.first().ok_or(IdentityError::Count(0))?;
-        Ok(Self {
-            chain: chain
-                .iter()
-                .cloned()
-                .map(CertificateDer::into_owned)
-                .collect(),
-            ..Self::of_certificate(own)?
-        })
+        Self::of_chain(session.peer_certificates().unwrap_or_default())
     }
 
     /// How long until it expires; zero once it has.
-    pub(super) fn expires_in(&self) -> Duration {
+    #[must_use]
+    pub fn expires_in(&self) -> Duration {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Duration::from_millis(self.expires_ms).saturating_sub(now.unwrap_or_default())
     }

@@ -5,6 +5,9 @@
 //!      --> it is not revoked --> (who knocks) the role is the one that should be there
 //! ```
 //!
+//! The chain is the authority's signature, or that of one lead that it lets sign: such a lead vouches for agents and nodes
+//! only. Otherwise whoever has a lead's key could make a lead or an admin of themselves.
+//!
 //! What is refused is logged with who the certificate says that it is: of a foreign CA's that is a claim only.
 
 use std::{fmt, sync::Arc};
@@ -21,6 +24,47 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::{RevokedList, Role, Shown, held::Held};
 
+/// What `by` says of a certificate that came with `others`: an authority's own signature is good for every role, one of
+/// a lead that the authority lets sign for agents and nodes.
+pub(super) fn vouched<T>(
+    certificate: &CertificateDer<'_>,
+    others: &[CertificateDer<'_>],
+    by: impl Fn(&[CertificateDer<'_>]) -> Result<T, Error>,
+) -> Result<T, Error> {
+    match by(&[]) {
+        Err(_) if !others.is_empty() => {
+            let verified = by(others)?;
+            check_signer(certificate, others)?;
+            Ok(verified)
+        }
+        direct => direct,
+    }
+}
+
+/// Whether who signed for the authority may sign this.
+fn check_signer(
+    certificate: &CertificateDer<'_>,
+    others: &[CertificateDer<'_>],
+) -> Result<(), Error> {
+    let shown = |certificate| {
+        Shown::of_certificate(certificate).map_err(|error| Error::General(error.to_string()))
+    };
+    let [signer] = others else {
+        let count = others.len();
+        let error = format!("{count} certificates stand between it and an authority: one may");
+        return Err(Error::General(error));
+    };
+    let (identity, signer) = (shown(certificate)?.identity, shown(signer)?.identity);
+    let may = matches!(signer.role, Role::Lead { .. })
+        && signer.mesh == identity.mesh
+        && matches!(identity.role, Role::Agent { .. } | Role::Node { .. });
+    if may {
+        return Ok(());
+    }
+    let error = format!("{signer} may not vouch for {identity}: only for agents and nodes");
+    Err(Error::General(error))
+}
+
 /// What is checked after the chain.
 struct Check {
     /// `None`: whichever the CA is of.
@@ -29,9 +73,13 @@ struct Check {
 }
 
 impl Check {
-    fn shown(&self, certificate: &CertificateDer<'_>) -> Result<Shown, Error> {
-        let shown = Shown::of_certificate(certificate)
-            .map_err(|error| Error::General(error.to_string()))?;
+    fn shown(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+    ) -> Result<Shown, Error> {
+        let chain: Vec<_> = [certificate].into_iter().chain(others).cloned().collect();
+        let shown = Shown::of_chain(&chain).map_err(|error| Error::General(error.to_string()))?;
         let identity = &shown.identity;
         if let Some(own) = &self.mesh
             && identity.mesh != *own
@@ -91,13 +139,11 @@ impl ClientCertVerifier for ClientCheck {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let chain = self
-            .held
-            .current()
-            .clients
-            .verify_client_cert(end_entity, intermediates, now);
-        let verified = chain.and_then(|verified| {
-            self.check.shown(end_entity)?;
+        let clients = self.held.current().clients.clone();
+        let by =
+            |others: &[CertificateDer<'_>]| clients.verify_client_cert(end_entity, others, now);
+        let verified = vouched(end_entity, intermediates, by).and_then(|verified| {
+            self.check.shown(end_entity, intermediates)?;
             Ok(verified)
         });
         verified.inspect_err(|error| refused(end_entity, error))
@@ -189,14 +235,12 @@ impl ServerCertVerifier for ServerCheck {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified = self.chain.now().verify_server_cert(
-            end_entity,
-            intermediates,
-            server_name,
-            ocsp_response,
-            now,
-        )?;
-        let identity = self.check.shown(end_entity)?.identity;
+        let servers = self.chain.now();
+        let by = |others: &[CertificateDer<'_>]| {
+            servers.verify_server_cert(end_entity, others, server_name, ocsp_response, now)
+        };
+        let verified = vouched(end_entity, intermediates, by)?;
+        let identity = self.check.shown(end_entity, intermediates)?.identity;
         if !(self.accept)(&identity.role) {
             return Err(Error::General(format!(
                 "the peer is {identity}, which is not who should be there"

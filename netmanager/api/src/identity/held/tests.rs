@@ -1,17 +1,17 @@
-use std::os::unix::fs::PermissionsExt;
+use std::{fs, os::unix::fs::PermissionsExt};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 
 use super::*;
 use crate::identity::SERVER_NAME;
 
-struct Authority {
-    certificate: String,
+pub(crate) struct Authority {
+    pub(crate) certificate: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -22,8 +22,27 @@ impl Authority {
         }
     }
 
+    /// A certificate of `weft://m/{who}` that may sign.
+    fn delegate(&self, who: &str) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let uri = format!("weft://m/{who}");
+        let name = rcgen::DnValue::from(uri.as_str());
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, name);
+        let uri = SanType::URI(uri.as_str().try_into().unwrap());
+        params.subject_alt_names.push(uri);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Self {
+            certificate,
+            issuer: Issuer::new(params, key),
+        }
+    }
+
     /// The certificate and the key of `weft://m/{who}`.
-    fn issue(&self, who: &str) -> (String, String) {
+    pub(crate) fn issue(&self, who: &str) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![SERVER_NAME.to_owned()]).unwrap();
         let uri = format!("weft://m/{who}");
@@ -62,10 +81,7 @@ impl Folder {
 
 fn shown((certificate, _): &(String, String)) -> Shown {
     let der = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
-    Shown {
-        chain: vec![der.clone()],
-        ..Shown::of_certificate(&der).unwrap()
-    }
+    Shown::of_chain(&[der]).unwrap()
 }
 
 fn is_own(held: &Held, (certificate, _): &(String, String)) -> bool {
@@ -167,4 +183,58 @@ fn an_authority_that_left_vouches_for_nobody_any_more() {
     take();
     assert!(held.vouches_for(&stays, &mut b));
     assert!(!held.vouches_for(&leaves, &mut c));
+}
+
+#[test]
+fn a_lead_that_may_sign_vouches_for_agents_and_nodes_and_for_nobody_else() {
+    let ca = Authority::new();
+    let folder = Folder::new(&ca.issue("lead/b"), &[&ca]);
+    let held = Held::load(folder.0.path()).unwrap();
+    let chain = |who: &str, signers: &[&Authority]| {
+        let own = signers.first().unwrap_or(&&ca).issue(who).0;
+        let others: String = signers.iter().map(|it| it.certificate.as_str()).collect();
+        CertificateDer::pem_slice_iter(format!("{own}{others}").as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .unwrap()
+    };
+    let refused = |who: &str, signers: &[&Authority], why: &str| {
+        let error = held.current().vouch_for(&chain(who, signers)).unwrap_err();
+        assert!(error.to_string().contains(why), "{who}: {error}");
+    };
+    let lead = ca.delegate("lead/a");
+    for who in ["agent/edge", "node/edge/n1"] {
+        held.current().vouch_for(&chain(who, &[&lead])).unwrap();
+    }
+    for who in ["user/eve", "user/eve/viewer", "lead/a", "lead/b"] {
+        refused(who, &[&lead], "only for agents and nodes");
+    }
+    // What else may sign does not; neither does what may not, nor one behind another.
+    for who in ["agent/fog", "user/ann", "node/fog/n1"] {
+        refused("agent/edge", &[&ca.delegate(who)], "may not vouch");
+    }
+    let further = lead.delegate("lead/c");
+    refused("agent/edge", &[&further, &lead], "");
+    let foreign = Authority::new().delegate("lead/a");
+    refused("agent/edge", &[&foreign], "");
+    let two = [chain("agent/edge", &[&lead]), chain("lead/c", &[])].concat();
+    let error = held.current().vouch_for(&two).unwrap_err();
+    assert!(error.to_string().contains("one may"), "{error}");
+    // What lies beside an authority's own signature changes nothing.
+    let own = [chain("user/ann", &[]), chain("agent/x", &[&lead])].concat();
+    held.current().vouch_for(&own).unwrap();
+}
+
+#[test]
+fn a_certificate_ends_with_who_signed_it() {
+    let ca = Authority::new();
+    let lead = ca.delegate("lead/a");
+    let chain = format!("{}{}", lead.issue("agent/edge").0, lead.certificate);
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(chain.as_bytes())
+        .map(Result::unwrap)
+        .collect();
+    let shown = Shown::of_chain(&chain).unwrap();
+    assert_eq!(shown.signers.len(), 1);
+    assert_eq!(shown.signers[0].identity.to_string(), "weft://m/lead/a");
+    let ends = |it: &CertificateDer<'_>| Shown::of_certificate(it).unwrap().expires_ms;
+    assert_eq!(shown.expires_ms, ends(&chain[0]).min(ends(&chain[1])));
 }
