@@ -1,4 +1,4 @@
-//! Generates the client and server of the agent stream from its description; messages are our own serde types.
+//! Generates the clients and servers of the leads' gRPC doors from their description; messages are our own serde types.
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let follow = tonic_build::manual::Method::builder()
@@ -16,5 +16,31 @@ fn main() {
         .comment("A lead's door for the agents of the mesh.")
         .method(follow)
         .build();
-    tonic_build::manual::Builder::new().compile(&[door]);
+    let renew = tonic_build::manual::Method::builder()
+        .name("renew")
+        .route_name("Renew")
+        .input_type("crate::join::RenewRequest")
+        .output_type("crate::join::Certificate")
+        .codec_path("netmanager_api::codec::JsonCodec")
+        .build();
+    let renewals = tonic_build::manual::Service::builder()
+        .name("RenewDoor")
+        .package("weft.agent.v1")
+        .comment("A lead's door for agents whose certificate ends.")
+        .method(renew)
+        .build();
+    let join = tonic_build::manual::Method::builder()
+        .name("join")
+        .route_name("Join")
+        .input_type("crate::join::JoinRequest")
+        .output_type("crate::join::Joined")
+        .codec_path("netmanager_api::codec::JsonCodec")
+        .build();
+    let joins = tonic_build::manual::Service::builder()
+        .name("JoinDoor")
+        .package("weft.join.v1")
+        .comment("A lead's door for clusters that join by a token.")
+        .method(join)
+        .build();
+    tonic_build::manual::Builder::new().compile(&[door, renewals, joins]);
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
 use netmanager_api::identity::{Access, Role};
@@ -75,6 +75,10 @@ pub(crate) struct Cert {
     /// What a user may do: viewer, deployer/NAMESPACE[/NAMESPACE...] or admin.
     #[arg(long, value_name = "ACCESS", default_value_t = Access::Admin)]
     access: Access,
+    /// Lets a lead sign certificates of agents, for clusters that join by a token: issuer.crt and issuer.key, beside its
+    /// own certificate, which is issued, too, where there is none.
+    #[arg(long)]
+    issuer: bool,
     /// Where tls.crt, tls.key and ca.crt go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -83,6 +87,18 @@ pub(crate) struct Cert {
 impl Cert {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let name = self.name;
+        if self.issuer {
+            ensure!(
+                self.role == RoleKind::Lead,
+                "--issuer is for --role lead: only leads sign for the authority"
+            );
+            let identity = authority::delegate(&self.ca, &name, &self.out)?;
+            println!(
+                "{identity} is in {}, and signs certificates of agents",
+                self.out.display()
+            );
+            return Ok(());
+        }
         let role = match self.role {
             RoleKind::Lead => Role::Lead { name },
             RoleKind::User => Role::User {

@@ -1,13 +1,18 @@
 //! Asking the control API: the given leads in turn, until one answers.
 
-use std::{fmt::Write, fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet, fmt::Write, fs, net::SocketAddr, path::PathBuf, sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
 use clap::Args;
 use control_api::http::Problem;
 use http::{HeaderValue, Method, Request, StatusCode, header::AUTHORIZATION};
-use netmanager_api::identity::{Credentials, Role, check_secret_mode, client_without_certificate};
+use netmanager_api::identity::{
+    Credentials, Role, check_secret_mode, client_without_certificate, fingerprints_of_file,
+};
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -108,6 +113,18 @@ impl Leads {
             .build()
             .context("failed to start the runtime")?;
         runtime.block_on(self.in_turn(&proof, ask))
+    }
+
+    /// The authorities that count for who asks, by their SHA-256.
+    pub(crate) fn authorities(&self) -> anyhow::Result<BTreeSet<String>> {
+        let path = match (&self.token, &self.ca, &self.credentials) {
+            (Some(_), Some(ca), _) => ca.clone(),
+            (_, _, Some(dir)) => dir.join("ca.crt"),
+            _ => bail!("who asks? --credentials, or --token and --ca"),
+        };
+        let prints = fingerprints_of_file(&path)
+            .with_context(|| format!("{} does not serve as the CA", path.display()))?;
+        Ok(prints.into_iter().collect())
     }
 
     fn proof(&self) -> anyhow::Result<Proof> {

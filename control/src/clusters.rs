@@ -1,16 +1,21 @@
-//! `weft cluster`: which clusters there are, emptying one, using it again, and taking it out of the mesh.
+//! `weft cluster`: which clusters there are, letting one join or leave, emptying one, and taking it out of the mesh.
 
 use std::time::{Duration, Instant};
 
 use ::http::Method;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
-use control_api::http::{Changed, Cluster as Shown, List};
+use control_api::{
+    http::{Changed, Cluster as Shown, InvitationRequest, Lead, List},
+    join::JoinString,
+};
 use control_core::name::Name;
 
 use crate::{
     client::{Ask, Once},
-    daemon, show,
+    daemon,
+    security::random_secret,
+    show,
     user::Common,
 };
 
@@ -22,6 +27,8 @@ const LOOK: Duration = Duration::from_millis(250);
 pub(crate) enum Clusters {
     /// Lists the clusters: their state, and how much runs there.
     List(ListClusters),
+    /// Prints what another machine joins with as this cluster, once (weft agent join).
+    JoinString(Invite),
     /// Empties a cluster: it gets nothing new, and what runs there moves to others, make before break.
     Drain(Drain),
     /// Uses a cluster again that was drained.
@@ -34,6 +41,7 @@ impl Clusters {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
             Self::List(list) => list.run(),
+            Self::JoinString(invite) => invite.run(),
             Self::Drain(drain) => drain.run(),
             Self::Undrain(undrain) => undrain.run(),
             Self::Forget(forget) => forget.run(),
@@ -54,6 +62,73 @@ impl ListClusters {
     fn run(self) -> anyhow::Result<()> {
         let path = format!("/v1/clusters?consistent={}", !self.stale);
         self.common.answer(&Ask::get(&path), show::list::<Shown>)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Invite {
+    /// The cluster.
+    name: Name,
+    /// How long it is good for.
+    #[arg(long, value_name = "MINUTES", default_value_t = 15)]
+    minutes: u64,
+    /// Take back what was printed before, and print nothing.
+    #[arg(long, conflicts_with = "minutes")]
+    withdraw: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Invite {
+    fn run(self) -> anyhow::Result<()> {
+        let path = format!("/v1/clusters/{}/invitation", self.name);
+        if self.withdraw {
+            let ask = Ask {
+                method: Method::DELETE,
+                ..Ask::get(&path)
+            };
+            let text = |changed: &Changed| match changed.changed {
+                true => format!("what was printed for cluster {} counts no more", self.name),
+                false => format!("nothing was printed for cluster {}", self.name),
+            };
+            return self.common.answer(&ask, text);
+        }
+        let authorities = self.common.leads.authorities()?;
+        let leads: List<Lead> = self.common.leads.ask(&Ask::get("/v1/leads"))?;
+        let signing: Vec<_> = leads
+            .items
+            .iter()
+            .filter(|lead| lead.answers && lead.issuer_ends_ms.is_some())
+            .map(|lead| lead.address)
+            .collect();
+        ensure!(
+            !signing.is_empty(),
+            "no lead that answers signs certificates: give one an issuer (weft cert --ca ca --role lead --name NAME --issuer \
+             --out its credentials folder)"
+        );
+        let secret = random_secret()?;
+        let string = JoinString {
+            cluster: self.name.clone(),
+            secret,
+            leads: signing,
+            authorities,
+        };
+        let request = InvitationRequest {
+            hash: string.hash(),
+            minutes: self.minutes,
+        };
+        let ask = Ask {
+            method: Method::POST,
+            body: serde_json::to_vec(&request)?.into(),
+            ..Ask::get(&path)
+        };
+        let _: Changed = self.common.leads.ask(&ask)?;
+        eprintln!(
+            "good for one agent and {} minutes; on its machine: weft agent join STRING --out DIR",
+            self.minutes
+        );
+        println!("{string}");
+        Ok(())
     }
 }
 
@@ -85,32 +160,36 @@ impl Drain {
                 format!("cluster {name} is drained: weft cluster list says what still runs there")
             });
         };
-        let end = Instant::now() + wait;
-        loop {
-            let left = bindings(&self.common, name)?;
-            if left == 0 {
-                let text = |_: &Changed| format!("cluster {name} is drained: nothing runs there");
-                return self.common.write(&changed, text);
-            }
-            ensure!(
-                Instant::now() < end,
-                "{left} instances are still in cluster {name} after {wait:?}: weft get bindings names them, weft explain \
-                 says where each may go"
-            );
-            std::thread::sleep(LOOK);
-        }
+        wait_until_empty(&self.common, name, wait)?;
+        let text = |_: &Changed| format!("cluster {name} is drained: nothing runs there");
+        self.common.write(&changed, text)
     }
 }
 
-/// How many instances are bound to a cluster.
-fn bindings(common: &Common, name: &Name) -> anyhow::Result<u32> {
+/// Waits until nothing is bound to a cluster.
+fn wait_until_empty(common: &Common, name: &Name, wait: Duration) -> anyhow::Result<()> {
+    let end = Instant::now() + wait;
+    loop {
+        let cluster = find(common, name)?;
+        let cluster = cluster.with_context(|| format!("cluster {name} was forgotten meanwhile"))?;
+        let left = cluster.bindings;
+        if left == 0 {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end,
+            "{left} instances are still in cluster {name} after {wait:?}: weft get bindings names them, weft explain says \
+             where each may go"
+        );
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// A cluster as the leads know it, if they do.
+fn find(common: &Common, name: &Name) -> anyhow::Result<Option<Shown>> {
     let list: List<Shown> = common.leads.ask(&Ask::get("/v1/clusters"))?;
-    let cluster = list
-        .items
-        .iter()
-        .find(|cluster| cluster.name == name.as_str());
-    let cluster = cluster.with_context(|| format!("cluster {name} was forgotten meanwhile"))?;
-    Ok(cluster.bindings)
+    let mut clusters = list.items.into_iter();
+    Ok(clusters.find(|cluster| cluster.name == name.as_str()))
 }
 
 #[derive(Debug, Args)]

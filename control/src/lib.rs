@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 it did not work, 2 wrong use. Logs go to standard error, answers to standard output.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod authority;
 mod backup;
 mod client;
@@ -51,11 +52,11 @@ enum Command {
     Audit(security::Audit),
     /// Runs a lead, or changes who the leads are.
     Lead(Box<leads::Lead>),
-    /// Lists the clusters, empties one, or takes it out of the mesh.
+    /// Lists the clusters, lets one join, or empties one.
     #[command(subcommand)]
     Cluster(clusters::Clusters),
-    /// Runs a cluster's agent.
-    Agent(weft_agent::Args),
+    /// Runs a cluster's agent, or makes this machine one.
+    Agent(Box<agent::Agent>),
     /// Applies a goal file.
     Apply(user::Apply),
     /// Lists things of one kind.
@@ -86,7 +87,7 @@ pub fn start_tracing(cli: &Cli) {
     // The leads say themselves who leads and who is out of reach; openraft says it with every message.
     let usual = match cli.command {
         Command::Lead(ref lead) if lead.is_daemon() => "info,openraft=off",
-        Command::Agent(_) => "info,openraft=off",
+        Command::Agent(ref agent) if agent.is_daemon() => "info,openraft=off",
         _ => "warn",
     };
     let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
@@ -112,10 +113,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Audit(audit) => audit.run(),
         Command::Lead(lead) => lead.run(),
         Command::Cluster(cluster) => cluster.run(),
-        Command::Agent(args) => daemon::runtime()?.block_on(async {
-            weft_agent::run(args).await?;
-            Ok(())
-        }),
+        Command::Agent(agent) => agent.run(),
         Command::Apply(apply) => apply.run(),
         Command::Get(get) => get.run(),
         Command::Explain(explain) => explain.run(),
@@ -148,6 +146,7 @@ mod tests {
             ("cluster drain NAME", "edge"),
             ("cluster undrain NAME", "edge"),
             ("cluster forget NAME", "edge"),
+            ("cluster join-string NAME", "edge"),
             ("lead add NAME --address 127.0.0.1:2", "d"),
             ("lead remove NAME", "d"),
             ("lead replace NAME --with e --address 127.0.0.1:2", "d"),

@@ -74,8 +74,7 @@ pub(crate) struct Create {
 
 impl Create {
     fn run(self) -> anyhow::Result<()> {
-        let secret = authority::random::<SECRET>()?;
-        let secret: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        let secret = random_secret()?;
         let request = TokenRequest {
             name: self.name.to_string(),
             hash: fingerprint(secret.as_bytes()),
@@ -107,6 +106,12 @@ impl Create {
             ))
         })
     }
+}
+
+/// A secret that nobody can guess, in hexadecimal digits.
+pub(crate) fn random_secret() -> anyhow::Result<String> {
+    let secret = authority::random::<SECRET>()?;
+    Ok(secret.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn write_new(path: &Path, content: &str) -> std::io::Result<()> {

@@ -171,12 +171,14 @@ impl Rows for Cluster {
         "NODES",
         "INSTANCES",
         "IPV4",
+        "CERTIFICATE ENDS",
     ];
 
     fn row(&self) -> Vec<String> {
-        let state = match self.drained_since_ms {
-            Some(_) => format!("{}, drained", self.state),
-            None => self.state.clone(),
+        let state = match (self.leaving_since_ms, self.drained_since_ms) {
+            (Some(_), _) => format!("{}, leaving", self.state),
+            (None, Some(_)) => format!("{}, drained", self.state),
+            (None, None) => self.state.clone(),
         };
         vec![
             self.name.clone(),
@@ -188,6 +190,7 @@ impl Rows for Cluster {
             self.without_ipv4
                 .clone()
                 .unwrap_or_else(|| "yes".to_owned()),
+            or_dash(self.certificate_ends_ms.map(moment)),
         ]
     }
 }
@@ -237,6 +240,7 @@ impl Rows for Lead {
         "VERSION",
         "DISK",
         "AUTHORITIES",
+        "SIGNS UNTIL",
     ];
 
     fn row(&self) -> Vec<String> {
@@ -251,6 +255,7 @@ impl Rows for Lead {
             or_dash(self.version.as_ref()),
             or_dash(self.disk.map(disk)),
             or_dash(authorities(&self.authorities)),
+            or_dash(self.issuer_ends_ms.map(moment)),
         ]
     }
 }

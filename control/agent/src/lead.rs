@@ -332,7 +332,7 @@ fn refused(status: tonic::Status) -> Parting {
 }
 
 /// A connection by mutual TLS to a lead, which ends with the lead's certificate.
-async fn connect(
+pub(crate) async fn connect(
     lead: SocketAddr,
     tls: Arc<ClientConfig>,
     revoked: RevokedList,
@@ -361,7 +361,7 @@ async fn connect(
 }
 
 /// An error with all its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
     // Wrappers that add nothing, or quote their source.

@@ -8,11 +8,13 @@
 //!                        '--> driver.rs   runs the instances
 //! ```
 //!
+//! `join.rs` makes a machine an agent by a token, and `renewal.rs` renews the certificate that it got.
+//!
 //! With no lead and no node in reach it goes on with what it has (I5), also after a restart. It does not place
 //! among clusters and does not know the Knowledge Base.
 #![forbid(unsafe_code)]
 
-use std::{net::SocketAddr, path::PathBuf, time::Instant};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Instant};
 
 use netmanager_api::{
     conditions::Conditions,
@@ -33,6 +35,7 @@ use crate::{
     driver::Driver,
     engine::Engine,
     lead::{LeadClient, Outbox},
+    renewal::Renewal,
     store::{Store, StoreError},
 };
 
@@ -43,11 +46,14 @@ pub mod door;
 pub mod driver;
 pub mod engine;
 pub mod event;
+pub mod join;
 pub mod lead;
 pub mod load;
 pub mod nodes;
 pub mod reconcile;
+mod renewal;
 pub mod report;
+mod request;
 pub mod room;
 pub mod smooth;
 pub mod store;
@@ -130,6 +136,13 @@ impl<D: Driver> Agent<D> {
         }
         let nodes = capacity.keys().cloned().collect();
         let door = Door::new(identity, nodes, event.clone(), revoked.clone());
+        let credentials = Arc::new(self.credentials);
+        let renewal = Renewal {
+            credentials: credentials.clone(),
+            leads: self.leads.clone(),
+            tls: client.clone(),
+            revoked: revoked.clone(),
+        };
         let leads = LeadClient {
             leads: self.leads,
             tls: client,
@@ -151,7 +164,11 @@ impl<D: Driver> Agent<D> {
         };
         let end = shutdown.child_token();
         let mut tasks = JoinSet::new();
-        let (following, ends) = (self.credentials.follow(), end.clone());
+        let ends = end.clone();
+        tasks.spawn(finish(async move {
+            ends.run_until_cancelled(renewal.run()).await;
+        }));
+        let (following, ends) = (credentials.follow(), end.clone());
         tasks.spawn(finish(async move {
             ends.run_until_cancelled(following).await;
         }));

@@ -260,6 +260,12 @@ pub struct Cluster {
     /// Since when its operator wants it empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drained_since_ms: Option<u64>,
+    /// Since when its operator wants it out of the mesh.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving_since_ms: Option<u64>,
+    /// When the certificate ends that its agent was last seen to have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_ends_ms: Option<u64>,
     /// Cloud, fog or edge.
     #[schema(value_type = String)]
     pub tier: Tier,
@@ -439,6 +445,9 @@ pub struct Lead {
     /// The authorities whose certificates it accepts, the one that signs first: SHA-256, hexadecimal digits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub authorities: Vec<String>,
+    /// When what it signs certificates of agents with ends; `None` where it signs none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuer_ends_ms: Option<u64>,
     /// The number of the lead that leaves once this one is a voter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<u64>,
@@ -572,10 +581,19 @@ pub struct AuditEntry {
     pub revision: [u64; 2],
     /// When.
     pub at_ms: u64,
-    /// Who: a certificate's name, or `token:NAME`.
+    /// Who: a certificate's name, `token:NAME`, or `cluster:NAME` of one that joins.
     pub by: String,
     /// What.
     pub what: String,
+}
+
+/// A cluster that is to join by a token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InvitationRequest {
+    /// SHA-256 of the token's secret, in hexadecimal digits.
+    pub hash: String,
+    /// How long the token lasts, minutes.
+    pub minutes: u64,
 }
 
 /// A lead does not lead any more.

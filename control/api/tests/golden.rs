@@ -1,7 +1,8 @@
-//! The agent stream as it looks on the wire: one golden file per message, and each reads back as it was.
+//! The agent stream, joins and renewals as they look on the wire: one golden file per message, and each reads back as it was.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use control_api::join::{Certificate, JoinRequest, Joined, RenewRequest};
 use control_api::stream::{Assignments, FromAgent, Hello, ToAgent, Welcome};
 use control_core::{
     assignment::{Assignment, HostLine, Run, Want},
@@ -191,4 +192,26 @@ fn what_a_lead_says_has_a_golden_file() {
     };
     let tables = BTreeMap::from([("edge-1".to_owned(), table)]);
     golden("to_agent_tables", &ToAgent::Tables(tables));
+}
+
+#[test]
+fn what_is_said_to_join_and_to_renew_has_a_golden_file() {
+    let (request, chain) = ("a request".to_owned(), "a chain".to_owned());
+    golden(
+        "join_request",
+        &JoinRequest {
+            cluster: "edge".to_owned(),
+            secret: "5".repeat(64),
+            request: request.clone(),
+        },
+    );
+    golden(
+        "joined",
+        &Joined {
+            chain: chain.clone(),
+            authorities: "authorities".to_owned(),
+        },
+    );
+    golden("renew_request", &RenewRequest { request });
+    golden("certificate", &Certificate { chain });
 }

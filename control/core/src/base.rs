@@ -132,6 +132,12 @@ pub struct Cluster {
     /// Log time since which its operator wants it empty: it gets nothing new, and what runs there moves away.
     #[serde(default)]
     pub drained_since_ms: Option<u64>,
+    /// Log time since which its operator wants it out of the mesh.
+    #[serde(default)]
+    pub leaving_since_ms: Option<u64>,
+    /// When the certificate ends that its agent was last seen to have, milliseconds since the Unix epoch.
+    #[serde(default)]
+    pub certificate_ends_ms: Option<u64>,
     /// Its nodes by name.
     pub nodes: BTreeMap<String, Node>,
 }
@@ -346,6 +352,18 @@ impl KnowledgeBase {
                 holder,
                 certificate,
             } => self.revoke_certificate(holder, certificate.as_ref()),
+            Command::Invite {
+                cluster,
+                hash,
+                lasts_ms,
+            } => self.invite(cluster, hash, *lasts_ms),
+            Command::Withdraw { cluster } => self.withdraw(cluster),
+            Command::Join(join) => self.join(join),
+            Command::Renew(renewal) => self.renewed(renewal),
+            Command::NoteCertificate { cluster, ends_ms } => {
+                self.note_certificate(cluster, *ends_ms)
+            }
+            Command::LeaveCluster { cluster } => self.leave_cluster(cluster),
         }
     }
 

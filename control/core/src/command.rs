@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     base::{KnowledgeBase, Mesh},
     goal::Application,
+    invitation::{Join, Renewal},
     migration::Event,
     name::{AppName, Name, ServiceName, Slot},
     once::Once,
@@ -137,6 +138,36 @@ pub enum Command {
         /// SHA-256 of the one certificate, in hexadecimal digits.
         certificate: Option<String>,
     },
+    /// A cluster may join, once, by who shows the secret; another invitation of it ends.
+    Invite {
+        /// The cluster.
+        cluster: Name,
+        /// SHA-256 of the secret, in hexadecimal digits.
+        hash: String,
+        /// How long it lasts, milliseconds.
+        lasts_ms: u64,
+    },
+    /// An invitation counts no more.
+    Withdraw {
+        /// The cluster.
+        cluster: Name,
+    },
+    /// A cluster joins.
+    Join(Box<Join>),
+    /// An agent gets another certificate.
+    Renew(Box<Renewal>),
+    /// An agent has shown a certificate.
+    NoteCertificate {
+        /// The cluster.
+        cluster: Name,
+        /// When it ends, milliseconds since the Unix epoch.
+        ends_ms: u64,
+    },
+    /// An operator wants a cluster out of the mesh: it is emptied first.
+    LeaveCluster {
+        /// The cluster.
+        cluster: Name,
+    },
 }
 
 impl Command {
@@ -160,6 +191,11 @@ impl Command {
             Self::RevokeCertificate { holder, .. } => {
                 format!("revoke the certificates of {holder}")
             }
+            Self::Invite { cluster, .. } => format!("invite cluster {cluster} to join"),
+            Self::Withdraw { cluster } => format!("withdraw the invitation of cluster {cluster}"),
+            Self::Join(join) => format!("issue a certificate to cluster {}", join.cluster),
+            Self::Renew(renewal) => format!("renew the certificate of cluster {}", renewal.cluster),
+            Self::LeaveCluster { cluster } => format!("let cluster {cluster} leave"),
             Self::Once(once) => once.command.what(),
             Self::Signed(signed) => signed.what.clone(),
             other => {
@@ -179,7 +215,8 @@ impl Command {
 /// | 1 | `RaiseLevel`, `Once`, `Restore` |
 /// | 2 | `Signed`, `CreateToken`, `RevokeToken`, `RevokeCertificate` |
 /// | 3 | `DrainCluster`, `UndrainCluster`, `ForgetCluster` that abandons |
-pub const LEVEL: u32 = 3;
+/// | 4 | `Invite`, `Withdraw`, `Join`, `Renew`, `NoteCertificate`, `LeaveCluster` |
+pub const LEVEL: u32 = 4;
 
 /// The decision that a slot runs in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,6 +341,27 @@ pub enum Refusal {
         cluster: Name,
         /// What is in the way.
         problem: String,
+    },
+    /// Somebody is that cluster already.
+    #[error(
+        "cluster {0} cannot be joined: its agent is connected; stop that agent and wait until weft cluster list says lost, or take another name"
+    )]
+    ClusterConnected(Name),
+    /// A token does not let a cluster in.
+    #[error(
+        "cluster {cluster} cannot be joined: {why}; an admin makes a new token with weft cluster join-string {cluster}"
+    )]
+    NotInvited {
+        /// The cluster.
+        cluster: Name,
+        /// Why not.
+        why: String,
+    },
+    /// What a holder was issued is revoked.
+    #[error("what {holder} was issued is revoked")]
+    Revoked {
+        /// The holder.
+        holder: String,
     },
     /// No such application.
     #[error("no application {0}: see weft get applications")]

@@ -16,6 +16,7 @@ pub mod base;
 pub mod command;
 pub mod goal;
 pub mod index;
+pub mod invitation;
 pub mod migration;
 pub mod name;
 pub mod once;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  CreateToken, RevokeToken ----> tokens      a name, what its holder may, the hash of its secret
+//!  Invite, Withdraw, Join ------> invitations of clusters    see `invitation`
 //!  RevokeCertificate -----------> holders, certificates      looked up by every door
 //!  Signed{by, what, command} ---> audit       the last AUDIT changes that were made
 //! ```
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     base::KnowledgeBase,
     command::{Applied, Command, Outcome, Refusal},
+    invitation::Invitations,
     name::Name,
 };
 
@@ -49,6 +51,9 @@ pub struct Security {
     /// The tokens by name.
     #[serde(default)]
     pub tokens: BTreeMap<Name, Token>,
+    /// The clusters that may join by a token.
+    #[serde(default)]
+    pub invitations: Invitations,
     /// The last changes, oldest first.
     #[serde(default)]
     pub audit: VecDeque<Audited>,
@@ -141,8 +146,15 @@ impl Security {
         self.audit.push_back(audited);
     }
 
-    fn revocations(&self) -> usize {
-        self.holders.len() + self.certificates.len()
+    /// Whether something more may be revoked.
+    pub(crate) fn check_room(&self) -> Result<(), Refusal> {
+        if self.holders.len() + self.certificates.len() < REVOCATIONS {
+            return Ok(());
+        }
+        Err(Refusal::Exhausted {
+            what: "revocations".to_owned(),
+            size: REVOCATIONS as u64,
+        })
     }
 }
 
@@ -172,7 +184,7 @@ pub fn check_hash(path: &str, hash: &str) -> Result<(), Refusal> {
 }
 
 /// Refuses a text that is read again and therefore must not be cut.
-fn check_length(path: &str, text: &str, most: usize) -> Result<(), Refusal> {
+pub(crate) fn check_length(path: &str, text: &str, most: usize) -> Result<(), Refusal> {
     match text.len() {
         length if length > most => {
             let problem = format!("it has {length} bytes, the most are {most}");
@@ -266,11 +278,11 @@ impl KnowledgeBase {
             Some(certificate) => self.security.certificates.contains_key(certificate),
             None => self.security.holders.contains_key(holder),
         };
-        if !known && self.security.revocations() >= REVOCATIONS {
-            return Err(Refusal::Exhausted {
-                what: "revocations".to_owned(),
-                size: REVOCATIONS as u64,
-            });
+        if !known {
+            self.security.check_room()?;
+        }
+        if certificate.is_none() {
+            self.withdraw_of(holder);
         }
         let security = &mut self.security;
         let before = match certificate {

@@ -23,7 +23,7 @@ use control_core::{
 };
 use netmanager_api::{
     conditions::{Concern, Conditions},
-    identity::{Identity, Role},
+    identity::{Identity, Role, Shown},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -34,7 +34,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    authority, claims,
+    authority, claims, joins,
     lead::{Answer, Ask, AskError, Lead},
     raft::propose::ProposeError,
     tables::{Sent, news},
@@ -74,12 +74,14 @@ impl LeadDoor for AgentDoor {
         request: Request<Streaming<FromAgent>>,
     ) -> Result<Response<Self::FollowStream>, Status> {
         let cluster = cluster_of(request.extensions().get::<Identity>())?;
+        let shown = request.extensions().get::<Arc<Shown>>();
+        let certificate_ends_ms = shown.map(|shown| shown.expires_ms);
         let inbound = request.into_inner();
         let (outbound, messages) = mpsc::channel(QUEUE);
         let (lead, shutdown) = (self.lead.clone(), self.shutdown.clone());
         self.tasks.spawn(async move {
             let ended = tokio::select! {
-                ended = session(&lead, &cluster, inbound, outbound.clone()) => ended,
+                ended = session(&lead, &cluster, certificate_ends_ms, inbound, outbound.clone()) => ended,
                 () = shutdown.cancelled() => Err(Status::unavailable("the lead is stopping")),
                 () = lead.out_of_touch() => Err(Status::unavailable(
                     "this lead is out of touch with the others: another may not be",
@@ -95,7 +97,7 @@ impl LeadDoor for AgentDoor {
     }
 }
 
-fn cluster_of(identity: Option<&Identity>) -> Result<Name, Status> {
+pub(crate) fn cluster_of(identity: Option<&Identity>) -> Result<Name, Status> {
     match identity.map(|identity| &identity.role) {
         Some(Role::Agent { cluster }) => {
             cluster
@@ -108,7 +110,7 @@ fn cluster_of(identity: Option<&Identity>) -> Result<Name, Status> {
     }
 }
 
-fn unavailable(error: AskError) -> Status {
+pub(crate) fn unavailable(error: AskError) -> Status {
     match error {
         AskError::SessionOver { .. } => Status::aborted(error.to_string()),
         AskError::Propose(ProposeError::NoRoom(_)) => Status::resource_exhausted(error.to_string()),
@@ -129,6 +131,7 @@ fn refused(refusal: Refusal) -> Status {
 async fn session(
     lead: &Lead,
     cluster: &Name,
+    certificate_ends_ms: Option<u64>,
     mut inbound: Streaming<FromAgent>,
     outbound: Sender,
 ) -> Result<(), Status> {
@@ -151,6 +154,9 @@ async fn session(
     let session = welcome.session;
     tracing::info!(%cluster, session, "an agent is connected");
     send(&outbound, ToAgent::Welcome(welcome)).await?;
+    if let Some(ends_ms) = certificate_ends_ms {
+        note_certificate(lead, cluster, ends_ms).await;
+    }
     let (reports, newest_report) = watch::channel(None);
     let (alive, newest_alive) = watch::channel(None);
     let (conditions, newest_conditions) = watch::channel(Conditions::default());
@@ -214,6 +220,26 @@ async fn register(lead: &Lead, cluster: &Name, hello: Hello) -> Result<Welcome, 
         .replica
         .read(|base| base.mesh.as_ref().map_or(0, |mesh| mesh.lease_ms));
     Ok(Welcome { session, lease_ms })
+}
+
+/// Lets everybody see when the certificate ends that an agent has shown.
+async fn note_certificate(lead: &Lead, cluster: &Name, ends_ms: u64) {
+    let is_new = lead.replica.read(|base| {
+        let known = base.clusters.get(cluster);
+        base.level >= joins::LEVEL
+            && known.is_some_and(|known| known.certificate_ends_ms != Some(ends_ms))
+    });
+    if !is_new {
+        return;
+    }
+    let command = Command::NoteCertificate {
+        cluster: cluster.clone(),
+        ends_ms,
+    };
+    if let Err(status) = commit(lead, command).await {
+        // The next stream says it again.
+        tracing::debug!(%cluster, reason = status.message(), "the end of a certificate is not noted");
+    }
 }
 
 fn new_session() -> Result<u64, Status> {

@@ -115,6 +115,9 @@ fn all() -> Routes {
         .delete("/v1/clusters/{name}", clusters::forget)
         .post("/v1/clusters/{name}/drain", clusters::drain)
         .delete("/v1/clusters/{name}/drain", clusters::undrain)
+        .post("/v1/clusters/{name}/invitation", clusters::invite)
+        .delete("/v1/clusters/{name}/invitation", clusters::withdraw)
+        .post("/v1/clusters/{name}/leave", clusters::leave)
         .get("/v1/nodes", nodes)
         .get("/v1/migrations", migrations)
         .post("/v1/migrations", migrate)
@@ -171,6 +174,9 @@ pub(crate) fn listed() -> Vec<(String, &'static str)> {
         clusters::forget,
         clusters::drain,
         clusters::undrain,
+        clusters::invite,
+        clusters::withdraw,
+        clusters::leave,
         nodes,
         migrations,
         migrate,

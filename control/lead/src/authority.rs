@@ -3,24 +3,28 @@
 //! ```text
 //!  DIR/ca.crt  DIR/ca.key (0600)  DIR/mesh.json          by init
 //!  OUT/ca.crt  OUT/tls.crt  OUT/tls.key (0600)           by cert; replaced by renew
+//!  OUT/issuer.crt  OUT/issuer.key (0600)                 by cert --issuer; replaced by renew
 //! ```
 //!
 //! The CA's key stays where it was made: it is never sent and never in the log. Nothing here overwrites a file; what
 //! replaces some is [`rotation`].
 
 mod error;
+pub(crate) mod issuer;
 pub mod rotation;
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
+    fs, io,
     net::{Ipv4Addr, Ipv6Addr},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use netmanager_api::identity::{BACKDATED, Identity, Role, SERVER_NAME, is_label};
+use netmanager_api::identity::{
+    BACKDATED, Identity, Role, SERVER_NAME,
+    files::{self, Files},
+    is_label,
+};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -28,7 +32,7 @@ use rcgen::{
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 
-pub use self::error::AuthorityError;
+pub use self::{error::AuthorityError, issuer::delegate};
 
 /// How long the CA's certificate lasts.
 const CA_DAYS: i64 = 3650;
@@ -109,27 +113,29 @@ pub fn issue(ca: &Path, role: Role, out: &Path) -> Result<Identity, AuthorityErr
     check_role(&role)?;
     let mesh = MeshFile::load(&ca.join("mesh.json"))?.name;
     let identity = Identity { mesh, role };
-    let paths = ["tls.crt", "tls.key", "ca.crt"].map(|name| out.join(name));
-    refuse_existing(&paths)?;
-    let signed = sign(ca, &identity)?;
-    make_dir(out)?;
-    let [crt, key_path, authority] = &paths;
-    write_new(key_path, signed.key.as_bytes(), 0o600)?;
-    write_new(crt, signed.certificate.as_bytes(), 0o644)?;
-    write_new(authority, signed.authorities.as_bytes(), 0o644)?;
+    if let Some(path) = files::existing(out) {
+        return Err(AuthorityError::Exists { path });
+    }
+    sign(ca, &identity)?.create(out)?;
     Ok(identity)
 }
 
-/// What a holder gets, PEM.
-struct Signed {
-    certificate: String,
-    key: String,
-    /// Every authority that counts.
-    authorities: String,
+/// What a holder gets: a certificate for `identity` with a key of its own, and every authority that counts.
+fn sign(ca: &Path, identity: &Identity) -> Result<Files, AuthorityError> {
+    let params = leaf_params(identity, Validity::days(LEAF_DAYS));
+    let (certificate, key) = sign_as(ca, params)?;
+    Ok(Files {
+        chain: certificate.into(),
+        key: key.into(),
+        authorities: read(&ca.join("ca.crt"))?.into(),
+    })
 }
 
-/// A certificate for `identity` with a key of its own.
-fn sign(ca: &Path, identity: &Identity) -> Result<Signed, AuthorityError> {
+/// A certificate of the authority's, and its key, PEM.
+fn sign_as(
+    ca: &Path,
+    params: Result<CertificateParams, rcgen::Error>,
+) -> Result<(String, String), AuthorityError> {
     let failed = |source| AuthorityError::Certificate {
         dir: ca.to_owned(),
         source,
@@ -138,14 +144,10 @@ fn sign(ca: &Path, identity: &Identity) -> Result<Signed, AuthorityError> {
     let ca_key = KeyPair::from_pem(&read(&ca.join("ca.key"))?).map_err(failed)?;
     let issuer = Issuer::from_ca_cert_pem(&signer, ca_key).map_err(failed)?;
     let key = KeyPair::generate().map_err(failed)?;
-    let certificate = leaf_params(identity)
+    let certificate = params
         .and_then(|params| params.signed_by(&key, &issuer))
         .map_err(failed)?;
-    Ok(Signed {
-        certificate: certificate.pem(),
-        key: key.serialize_pem(),
-        authorities: read(&ca.join("ca.crt"))?,
-    })
+    Ok((certificate.pem(), key.serialize_pem()))
 }
 
 fn mesh(wish: &Wish) -> Result<MeshFile, AuthorityError> {
@@ -244,11 +246,11 @@ fn authority_params(mesh: &str) -> CertificateParams {
     params.distinguished_name = named(&format!("weft {mesh} authority"));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    valid_for(&mut params, CA_DAYS);
+    Validity::days(CA_DAYS).put_into(&mut params);
     params
 }
 
-fn leaf_params(identity: &Identity) -> Result<CertificateParams, rcgen::Error> {
+fn leaf_params(identity: &Identity, validity: Validity) -> Result<CertificateParams, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = named(&identity.to_string());
     params.subject_alt_names = vec![
@@ -261,7 +263,7 @@ fn leaf_params(identity: &Identity) -> Result<CertificateParams, rcgen::Error> {
         ExtendedKeyUsagePurpose::ClientAuth,
     ];
     params.use_authority_key_identifier_extension = true;
-    valid_for(&mut params, LEAF_DAYS);
+    validity.put_into(&mut params);
     Ok(params)
 }
 
@@ -271,10 +273,27 @@ fn named(common_name: &str) -> DistinguishedName {
     name
 }
 
-fn valid_for(params: &mut CertificateParams, days: i64) {
-    let now = OffsetDateTime::now_utc();
-    params.not_before = now - BACKDATED;
-    params.not_after = now + Duration::days(days);
+/// From when to when a certificate counts.
+#[derive(Clone, Copy, Debug)]
+struct Validity {
+    issued: OffsetDateTime,
+    ends: OffsetDateTime,
+}
+
+impl Validity {
+    /// From now on.
+    fn days(days: i64) -> Self {
+        let issued = OffsetDateTime::now_utc();
+        Self {
+            issued,
+            ends: issued + Duration::days(days),
+        }
+    }
+
+    fn put_into(self, params: &mut CertificateParams) {
+        params.not_before = self.issued - BACKDATED;
+        params.not_after = self.ends;
+    }
 }
 
 fn refuse_existing(paths: &[PathBuf]) -> Result<(), AuthorityError> {
@@ -301,22 +320,16 @@ fn read(path: &Path) -> Result<String, AuthorityError> {
 }
 
 fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
-        .and_then(|mut file| file.write_all(content))
-        .map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => AuthorityError::Exists {
-                path: path.to_owned(),
-            },
-            _ => AuthorityError::File {
-                action: "write",
-                path: path.to_owned(),
-                source,
-            },
-        })
+    files::write_new(path, content, mode).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => AuthorityError::Exists {
+            path: path.to_owned(),
+        },
+        _ => AuthorityError::File {
+            action: "write",
+            path: path.to_owned(),
+            source,
+        },
+    })
 }
 
 #[cfg(test)]

@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!  TCP --> TLS (certificate of this mesh required, not revoked) --> HTTP/2 or HTTP/1.1
-//!      --> roles::admit(who, where) --> /v1/...  LeadDoor  /raft/v1/...
+//!      --> roles::admit(who, where) --> /v1/...  LeadDoor  RenewDoor  /raft/v1/...
 //!                                         '--> roles::authorise(access, method, route, namespace)
 //! ```
+//!
+//! Who asks for it in the handshake (ALPN) shows no certificate and gets to another door, [`joins`], whose routes are its own.
 //!
 //! A connection's certificate says who it is; every request is checked against it, and a connection ends with its
 //! certificate. What a request means is not known here.
 
 mod begun;
 pub(crate) mod caller;
+pub(crate) mod joins;
 mod peers;
 mod roles;
 pub(crate) mod tokens;
@@ -23,25 +26,32 @@ use axum::{
     middleware::{Next, from_fn},
     response::Response,
 };
-use control_api::stream::{MESSAGE_LIMIT, lead_door_server::LeadDoorServer};
+use control_api::{
+    join::renew_door_server::RenewDoorServer,
+    stream::{MESSAGE_LIMIT, lead_door_server::LeadDoorServer},
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
     service::TowerToHyperService,
 };
 use netmanager_api::identity::{Credentials, Guarded, Identity, IdentityError, RevokedList, Shown};
-use rustls::ServerConfig;
+use rustls::{ServerConfig, server::Acceptor};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{begun::Begun, caller::Caller};
-use crate::{agents::AgentDoor, api, lead::Lead, problem::Refusal};
+use self::{begun::Begun, caller::Caller, joins::Joins};
+use crate::{agents::AgentDoor, api, joins::Renewals, lead::Lead, problem::Refusal};
+
+/// The other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
 
 /// The limit of one TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -63,6 +73,8 @@ pub(crate) struct Door {
     /// What is revoked; `None` at the door for who shows no certificate.
     pub(crate) revoked: Option<RevokedList>,
     pub(crate) routes: Router,
+    /// Where clusters join, behind the same port; `None`: nowhere.
+    pub(crate) joins: Option<Joins>,
     /// How many connections there are at once; who comes then waits.
     pub(crate) connections: usize,
 }
@@ -85,6 +97,7 @@ pub(crate) fn routes(lead: &Arc<Lead>, agents: AgentDoor) -> Router {
         .max_decoding_message_size(MESSAGE_LIMIT)
         .max_encoding_message_size(MESSAGE_LIMIT);
     let agents = tonic::service::Routes::new(agents)
+        .add_service(RenewDoorServer::new(Renewals::new(lead.clone())))
         .into_axum_router()
         .reset_fallback();
     Router::new()
@@ -113,7 +126,12 @@ impl Door {
     /// Serves until `shutdown`; connections are ended then.
     pub(crate) async fn serve(self, shutdown: CancellationToken) {
         let tasks = TaskTracker::new();
-        let acceptor = TlsAcceptor::from(self.tls);
+        let behind = Arc::new(Behind {
+            tls: self.tls,
+            revoked: self.revoked,
+            routes: self.routes,
+            joins: self.joins,
+        });
         let room = Arc::new(Semaphore::new(self.connections));
         loop {
             let accepted = tokio::select! {
@@ -128,12 +146,11 @@ impl Door {
                     continue;
                 }
             };
-            let (acceptor, revoked) = (acceptor.clone(), self.revoked.clone());
-            let (routes, shutdown) = (self.routes.clone(), shutdown.clone());
+            let (behind, shutdown) = (behind.clone(), shutdown.clone());
             tasks.spawn(async move {
                 let _place = place;
                 tokio::select! {
-                    () = connection(acceptor, tcp, peer, revoked, routes) => {}
+                    () = behind.connection(tcp, peer) => {}
                     () = shutdown.cancelled() => {}
                 }
             });
@@ -157,30 +174,50 @@ async fn accept(
     Ok((place, tcp, peer))
 }
 
-async fn connection(
-    acceptor: TlsAcceptor,
-    tcp: TcpStream,
-    peer: SocketAddr,
+/// What a connection finds.
+struct Behind {
+    tls: Arc<ServerConfig>,
     revoked: Option<RevokedList>,
     routes: Router,
-) {
-    let _ = tcp.set_nodelay(true);
-    let stream = match timeout(HANDSHAKE, acceptor.accept(tcp)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return tracing::warn!(%peer, %error, "refused at the TLS handshake"),
-        Err(_) => return tracing::warn!(%peer, "refused: the TLS handshake took too long"),
-    };
-    let Some(revoked) = revoked else {
-        let routes = routes.layer(axum::Extension(tokens::Peer(peer)));
-        return speak(stream, peer, routes).await;
-    };
-    let shown = match Shown::of_peer(stream.get_ref().1) {
-        Ok(shown) => shown,
-        Err(error) => return tracing::warn!(%peer, %error, "refused"),
-    };
-    let routes = routes.layer(axum::Extension(shown.identity.clone()));
-    let stream = Guarded::new(stream, Arc::new(shown), revoked);
-    speak(stream, peer, routes).await;
+    joins: Option<Joins>,
+}
+
+impl Behind {
+    async fn connection(&self, tcp: TcpStream, peer: SocketAddr) {
+        let _ = tcp.set_nodelay(true);
+        let (stream, joins) = match timeout(HANDSHAKE, self.accept(tcp)).await {
+            Ok(Ok(accepted)) => accepted,
+            Ok(Err(error)) => return tracing::warn!(%peer, %error, "refused at the TLS handshake"),
+            Err(_) => return tracing::warn!(%peer, "refused: the TLS handshake took too long"),
+        };
+        if let Some(joins) = joins {
+            return joins.serve(stream, peer).await;
+        }
+        let Some(revoked) = self.revoked.clone() else {
+            let routes = self.routes.clone().layer(axum::Extension(Peer(peer)));
+            return speak(stream, peer, routes).await;
+        };
+        let shown = match Shown::of_peer(stream.get_ref().1) {
+            Ok(shown) => Arc::new(shown),
+            Err(error) => return tracing::warn!(%peer, %error, "refused"),
+        };
+        let routes = self.routes.clone();
+        let routes = routes
+            .layer(axum::Extension(shown.identity.clone()))
+            .layer(axum::Extension(shown.clone()));
+        speak(Guarded::new(stream, shown, revoked), peer, routes).await;
+    }
+
+    /// The handshake; with the door for joins, if that was asked for.
+    async fn accept(&self, tcp: TcpStream) -> io::Result<(TlsStream<TcpStream>, Option<&Joins>)> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;
+        let joins = self
+            .joins
+            .as_ref()
+            .filter(|_| joins::is_asked_for(&start.client_hello()));
+        let tls = joins.map_or(&self.tls, |joins| &joins.tls);
+        Ok((start.into_stream(tls.clone()).await?, joins))
+    }
 }
 
 /// HTTP on a connection, until it ends.

@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    authority::issuer::Issuer,
     board::{self, Board},
     courier::Courier,
     drain,
@@ -204,6 +205,8 @@ pub(crate) struct Lead {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// What its doors take for revoked, and by which authorities they know anybody; nothing without a socket.
     pub(crate) revoked: OnceLock<RevokedList>,
+    /// What it signs certificates of agents with; nothing without a socket.
+    pub(crate) issuer: OnceLock<Issuer>,
     /// The end of its log when it started.
     pub(crate) began_at: Option<LogId<u64>>,
 }

@@ -169,6 +169,8 @@ mod tests {
                 without_ipv4: None,
                 reported_ms: 0,
                 drained_since_ms: None,
+                leaving_since_ms: None,
+                certificate_ends_ms: None,
                 nodes: BTreeMap::new(),
             };
             (format!("c{number}").parse().unwrap(), cluster)

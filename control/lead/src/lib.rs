@@ -24,6 +24,7 @@ pub mod dial;
 mod door;
 mod drain;
 mod gather;
+mod joins;
 mod lead;
 mod leases;
 mod members;
@@ -47,7 +48,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     authority::{AuthorityError, MeshFile},
     dial::Connections,
-    door::Door,
+    door::{Door, joins::Joins},
     world::Folder,
 };
 pub use crate::{
@@ -220,6 +221,7 @@ pub async fn serve(
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
     let tls_for_tokens = door::tls_for_tokens(&credentials).map_err(bad_credentials)?;
+    let tls_for_joins = door::joins::tls(&credentials).map_err(bad_credentials)?;
     let (revoked, following) = (credentials.revoked(), credentials.follow());
     let world = World {
         storage: Arc::new(Folder(options.data)),
@@ -245,6 +247,7 @@ pub async fn serve(
     };
     tracing::info!(name = options.name, listen = %options.listen, "lead started");
     running.follow_revocations(revoked.clone());
+    running.sign_with(options.credentials, revoked.clone());
     let end = shutdown.clone();
     let following = async move { end.run_until_cancelled(following).await };
     running.tasks.spawn(following);
@@ -253,6 +256,7 @@ pub async fn serve(
         tls,
         revoked: Some(revoked),
         routes: running.routes(),
+        joins: Some(Joins::new(tls_for_joins, running.join_routes())),
         connections,
     };
     running.tasks.spawn(door.serve(shutdown.clone()));
@@ -262,6 +266,7 @@ pub async fn serve(
             tls: tls_for_tokens,
             revoked: None,
             routes: running.token_routes(),
+            joins: None,
             connections: door::CONNECTIONS_BY_TOKEN,
         };
         running.tasks.spawn(door.serve(shutdown));

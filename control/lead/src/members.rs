@@ -14,6 +14,7 @@ use openraft::{
 use tokio::time::{sleep, timeout};
 
 use crate::{
+    authority::issuer::Issuer,
     lead::{Answer, Ask, AskError, Lead, SeatOf},
     raft::{
         Member,
@@ -46,6 +47,7 @@ impl Lead {
                 .get()
                 .map(RevokedList::authorities)
                 .unwrap_or_default(),
+            issuer_ends_ms: self.issuer.get().and_then(Issuer::ends_ms),
         }
     }
 

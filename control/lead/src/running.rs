@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{Arc, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
@@ -16,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     LeadError, StartError,
     agents::AgentDoor,
+    authority::issuer::Issuer,
     board::Board,
     contact, control,
     courier::Courier,
@@ -122,6 +124,7 @@ impl Running {
             in_touch: watch::Sender::new(false),
             changing: tokio::sync::Mutex::default(),
             revoked: OnceLock::new(),
+            issuer: OnceLock::new(),
             began_at,
         });
         let tasks = TaskTracker::new();
@@ -163,6 +166,21 @@ impl Running {
     /// What can be asked of it by who shows a token.
     pub(crate) fn token_routes(&self) -> Router {
         door::tokens::routes(&self.lead)
+    }
+
+    /// What can be asked of it by who has no certificate and joins.
+    pub(crate) fn join_routes(&self) -> Router {
+        door::joins::routes(&self.lead)
+    }
+
+    /// Lets it sign certificates of agents with what is in `dir`, if its doors go by what they signed.
+    pub(crate) fn sign_with(&self, dir: PathBuf, doors: RevokedList) {
+        let issuer = Issuer {
+            dir,
+            name: self.lead.name.clone(),
+            doors,
+        };
+        self.lead.issuer.get_or_init(|| issuer);
     }
 
     /// Keeps `list` what the leads have revoked.

@@ -20,7 +20,7 @@ mod revoked;
 mod shown;
 mod verify;
 
-use std::{fmt, fs, io, path::Path, str::FromStr, sync::Arc};
+use std::{collections::BTreeSet, fmt, fs, io, path::Path, str::FromStr, sync::Arc};
 
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
@@ -36,8 +36,8 @@ pub use self::{
     shown::{BACKDATED, Guarded, Shown},
 };
 use self::{
-    held::Held,
-    verify::{Chain, ClientCheck, ServerCheck},
+    held::{Held, Introducing},
+    verify::{Chain, ClientCheck, PinCheck, ServerCheck},
 };
 
 /// What the holder of a certificate may be.
@@ -294,6 +294,27 @@ impl Credentials {
         self.held.generation()
     }
 
+    /// The own certificate, as it is held now.
+    #[must_use]
+    pub fn shown(&self) -> Shown {
+        self.held.current().shown().clone()
+    }
+
+    /// Puts another certificate and key of the same holder in the place of those in the folder, from where
+    /// [`Credentials::follow`] takes them; the authorities stay.
+    ///
+    /// # Errors
+    /// When they do not serve, or a file cannot be written.
+    pub fn replace(&self, chain: Vec<u8>, key: Vec<u8>) -> Result<(), IdentityError> {
+        self.held.replace(chain, key)
+    }
+
+    /// Whether the authority that signs now, the first in `ca.crt`, vouches for the own certificate.
+    #[must_use]
+    pub fn is_of_who_signs(&self) -> bool {
+        self.held.current().is_of_who_signs()
+    }
+
     /// What these credentials' doors and calls take for revoked; empty until it is set.
     #[must_use]
     pub fn revoked(&self) -> RevokedList {
@@ -329,6 +350,26 @@ impl Credentials {
             .map_err(IdentityError::Tls)?
             .with_no_client_auth()
             .with_cert_resolver(self.held.clone());
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(config))
+    }
+
+    /// TLS for a door as [`Credentials::server_for_all`], which shows the authorities, too: for callers who know one by its
+    /// fingerprint only.
+    ///
+    /// # Errors
+    /// When the key and the certificates do not belong together.
+    pub fn server_that_introduces(
+        &self,
+        alpn: &[&[u8]],
+    ) -> Result<Arc<ServerConfig>, IdentityError> {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(IdentityError::Tls)?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(Introducing(self.held.clone())));
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -387,6 +428,28 @@ pub fn client_without_certificate(
     Ok(Arc::new(config))
 }
 
+/// TLS for knocking, without a certificate, at a door that shows its authority: one of these, by their fingerprints. Its
+/// holder must satisfy `accept`, and the authority have signed for it itself.
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn client_by_fingerprints(
+    pins: BTreeSet<String>,
+    alpn: &[&[u8]],
+    accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
+) -> Result<Arc<ClientConfig>, IdentityError> {
+    let verifier = PinCheck::new(pins, Box::new(accept));
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(IdentityError::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
 /// Reads a file with a secret, which only its owner may read.
 ///
 /// # Errors
@@ -407,6 +470,18 @@ pub fn fingerprint(bytes: &[u8]) -> String {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
+}
+
+/// The fingerprints of the certificates in a file, PEM, in their order.
+///
+/// # Errors
+/// When it cannot be read, or holds none.
+pub fn fingerprints_of_file(path: &Path) -> Result<Vec<String>, IdentityError> {
+    let certificates = certificates(path)?;
+    if certificates.is_empty() {
+        return Err(IdentityError::Count(0));
+    }
+    Ok(certificates.iter().map(|it| fingerprint(it)).collect())
 }
 
 fn provider() -> Arc<rustls::crypto::CryptoProvider> {

@@ -7,6 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use control_api::join::{
+    Certificate, RenewRequest,
+    renew_door_server::{RenewDoor, RenewDoorServer},
+};
 use control_api::stream::{
     FromAgent, Hello, ToAgent, Welcome,
     lead_door_server::{LeadDoor, LeadDoorServer},
@@ -23,6 +27,7 @@ use netmanager_api::{
     stream::{self, FromNode, NodeDoorClient, ToNode},
     table::Revision,
 };
+use rcgen::CertificateSigningRequestParams;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
@@ -36,6 +41,8 @@ use tonic::{
     transport::{Endpoint, Server, Uri, server::Connected},
 };
 use weft_agent::driver::{self, Driver, State, Statuses};
+
+use crate::authority::Signer;
 
 /// No step of a test takes longer.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
@@ -155,10 +162,29 @@ impl LeadDoor for Door {
     }
 }
 
-struct Tls(tokio_rustls::server::TlsStream<TcpStream>);
+/// A connection as tonic takes it.
+pub(crate) struct Tls(pub(crate) tokio_rustls::server::TlsStream<TcpStream>);
+
+/// Signs for whoever asks, as a lead of the authority's.
+pub(crate) struct Renewals(pub(crate) Signer);
+
+#[tonic::async_trait]
+impl RenewDoor for Renewals {
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Certificate>, Status> {
+        let wish = CertificateSigningRequestParams::from_pem(&request.into_inner().request);
+        let wish = wish.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let chain = self.0.sign("agent/edge", &wish.public_key, |_| {});
+        Ok(Response::new(Certificate { chain }))
+    }
+}
 
 impl FakeLead {
     pub(crate) async fn start(credentials: &Credentials) -> Self {
+        Self::start_with(credentials, None).await
+    }
+
+    /// One that also signs.
+    pub(crate) async fn start_with(credentials: &Credentials, renewals: Option<Renewals>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let tls = TlsAcceptor::from(credentials.server(&[b"h2"]).expect("TLS"));
@@ -172,6 +198,7 @@ impl FakeLead {
         let server = tokio::spawn(async move {
             let served = Server::builder()
                 .add_service(service)
+                .add_optional_service(renewals.map(RenewDoorServer::new))
                 .serve_with_incoming(incoming)
                 .await;
             served.expect("the server serves");

@@ -4,6 +4,7 @@
 mod authority;
 mod doors;
 mod fake;
+mod join;
 #[path = "../../../lead/tests/group/log.rs"]
 mod log;
 mod renewal;
@@ -23,7 +24,7 @@ use control_core::{
 };
 use netmanager_api::{
     conditions::{Conditions, Coordinate, NodePlace},
-    identity::Revoked,
+    identity::{Credentials, Revoked},
     stream::{Endpoint, FromNode, InstanceRef, Measured},
     table::{Mesh, Node, Peer, Revision, Table},
 };
@@ -66,13 +67,22 @@ impl Running {
         state: Option<PathBuf>,
         driver: FakeDriver,
     ) -> Self {
+        Self::start_as(authority.issue("agent/edge"), leads, state, driver).await
+    }
+
+    async fn start_as(
+        credentials: Credentials,
+        leads: Vec<SocketAddr>,
+        state: Option<PathBuf>,
+        driver: FakeDriver,
+    ) -> Self {
         Log::start();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let door = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let agent = Agent {
             config: Config::parse(CONFIG, Path::new("agent.yaml")).unwrap(),
-            credentials: authority.issue("agent/edge"),
+            credentials,
             leads,
             listener,
             state,

@@ -129,6 +129,8 @@ impl KnowledgeBase {
             return Ok(Applied::Unchanged);
         }
         let drained_since_ms = known.and_then(|known| known.drained_since_ms);
+        let leaving_since_ms = known.and_then(|known| known.leaving_since_ms);
+        let certificate_ends_ms = known.and_then(|known| known.certificate_ends_ms);
         let mut nodes = known.map(|known| known.nodes.clone()).unwrap_or_default();
         if without_ipv4.is_some() {
             for node in nodes.values_mut() {
@@ -142,6 +144,8 @@ impl KnowledgeBase {
             without_ipv4,
             reported_ms: 0,
             drained_since_ms,
+            leaving_since_ms,
+            certificate_ends_ms,
             nodes,
         };
         self.clusters.insert(name.clone(), cluster);
@@ -460,6 +464,23 @@ impl KnowledgeBase {
             return Ok(Applied::Unchanged);
         }
         cluster.drained_since_ms = drain.then_some(now);
+        // Used again, it stays.
+        cluster.leaving_since_ms = None;
+        Ok(Applied::Changed)
+    }
+
+    /// A cluster is to leave the mesh: it is drained, if it is not already.
+    pub(super) fn leave_cluster(&mut self, name: &Name) -> Outcome {
+        let now = self.log_time_ms;
+        let cluster = self
+            .clusters
+            .get_mut(name)
+            .ok_or_else(|| Refusal::UnknownCluster(name.clone()))?;
+        if cluster.leaving_since_ms.is_some() {
+            return Ok(Applied::Unchanged);
+        }
+        cluster.leaving_since_ms = Some(now);
+        cluster.drained_since_ms.get_or_insert(now);
         Ok(Applied::Changed)
     }
 

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     command::{Bind, Reason, StartMigration},
     goal,
+    invitation::Join,
     migration::Event,
     placement::Parts,
     report::{InstanceReport, Report, Tier},
@@ -565,6 +566,21 @@ fn command() -> impl Strategy<Value = Command> {
             .prop_map(|(cluster, abandon)| Command::ForgetCluster { cluster, abandon }),
         1 => cluster().prop_map(|cluster| Command::DrainCluster { cluster }),
         1 => cluster().prop_map(|cluster| Command::UndrainCluster { cluster }),
+        1 => cluster().prop_map(|cluster| Command::LeaveCluster { cluster }),
+        1 => (cluster(), 0u8..2).prop_map(|(cluster, secret)| Command::Invite {
+            cluster,
+            hash: secret.to_string().repeat(64),
+            lasts_ms: 5_000,
+        }),
+        1 => (cluster(), 0u8..2, 0u8..2, 0u64..9_000).prop_map(
+            |(cluster, secret, request, issued_ms)| Command::Join(Box::new(Join {
+                cluster,
+                hash: secret.to_string().repeat(64),
+                request: request.to_string().repeat(64),
+                chain: String::new(),
+                issued_ms,
+            }))
+        ),
         3 => apply,
         1 => Just(Command::Delete { application: "default/shop".parse().unwrap() }),
         8 => (slots(), cluster(), session(), 0u64..5, prop::option::of(epoch())).prop_map(

@@ -35,6 +35,7 @@ fn show(seat: Seat) -> Shown {
         applied_index: seat.about.as_ref().map(|about| about.applied),
         version: seat.about.as_ref().map(|about| about.version.clone()),
         disk: seat.about.as_ref().and_then(|about| about.room).map(disk),
+        issuer_ends_ms: seat.about.as_ref().and_then(|about| about.issuer_ends_ms),
         authorities: seat
             .about
             .map(|about| about.authorities)

@@ -150,6 +150,8 @@ pub(super) fn clusters(base: &KnowledgeBase) -> Vec<Cluster> {
                 state: state.to_owned(),
                 lost_since_ms,
                 drained_since_ms: cluster.drained_since_ms,
+                leaving_since_ms: cluster.leaving_since_ms,
+                certificate_ends_ms: cluster.certificate_ends_ms,
                 tier: cluster.facts.tier,
                 region: cluster.facts.region.clone(),
                 labels: cluster.facts.labels.clone(),

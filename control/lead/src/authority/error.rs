@@ -44,6 +44,9 @@ pub enum AuthorityError {
         #[source]
         source: io::Error,
     },
+    /// A holder's files cannot be written.
+    #[error(transparent)]
+    Holding(#[from] IdentityError),
     /// The mesh file is not one.
     #[error("{} is not a mesh file (weft init writes it as mesh.json)", path.display())]
     Mesh {
@@ -86,6 +89,16 @@ pub enum AuthorityError {
         /// Why.
         #[source]
         source: IdentityError,
+    },
+    /// The folder of another holder.
+    #[error("{} is of {found}, not of lead {name:?}: name that lead's folder, or an empty one", path.display())]
+    OtherHolder {
+        /// The certificate in it.
+        path: PathBuf,
+        /// Its holder.
+        found: String,
+        /// The lead that was named.
+        name: String,
     },
     /// A certificate of another mesh.
     #[error("{} is of {identity}, and this authority's mesh is {mesh:?}", path.display())]

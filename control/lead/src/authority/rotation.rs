@@ -13,20 +13,15 @@
 //!
 //! Each step may be repeated, and goes on where a crash has ended it. The first certificate in `ca.crt` is the signer's.
 
-use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::Path};
 
-use netmanager_api::identity::{Identity, Shown};
+use netmanager_api::identity::{Identity, Shown, files};
 use rcgen::KeyPair;
 use rustls::{crypto::ring, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 use super::{
-    AuthorityError, MeshFile, Signed, authority_params, check_role, read, sign, write_new,
+    AuthorityError, MeshFile, authority_params, check_role, issuer, read, sign, write_new,
 };
 
 const END: &str = "-----END CERTIFICATE-----\n";
@@ -124,11 +119,28 @@ pub fn retire(ca: &Path) -> Result<(), AuthorityError> {
     }
 }
 
-/// Issues another certificate to the holder of the one in `dir`, with another key, in its place.
+/// Issues another certificate to the holder of the one in `dir`, with another key, in its place; with what it signs with,
+/// if it has that.
 ///
 /// # Errors
 /// When there is none of this mesh, or a file cannot be read or written.
 pub fn renew(ca: &Path, dir: &Path) -> Result<Identity, AuthorityError> {
+    let identity = holder(ca, dir)?;
+    check_role(&identity.role)?;
+    let signed = sign(ca, &identity)?;
+    // All are written before the first takes its place: a full disk leaves the old ones.
+    let issuer = issuer::renewed(ca, &identity, dir)?;
+    signed.replace(dir)?;
+    issuer.into_iter().try_for_each(|fresh| {
+        fresh
+            .put()
+            .map_err(|source| not_replaced(&dir.join("issuer.crt"), source))
+    })?;
+    Ok(identity)
+}
+
+/// Whom the certificate in `dir` names, of this authority's mesh.
+pub(super) fn holder(ca: &Path, dir: &Path) -> Result<Identity, AuthorityError> {
     let path = dir.join("tls.crt");
     let shown = Shown::of_file(&path).map_err(|source| AuthorityError::Holder {
         path: path.clone(),
@@ -142,22 +154,6 @@ pub fn renew(ca: &Path, dir: &Path) -> Result<Identity, AuthorityError> {
             identity: identity.to_string(),
             mesh,
         });
-    }
-    check_role(&identity.role)?;
-    let signed = sign(ca, &identity)?;
-    let Signed {
-        certificate,
-        key,
-        authorities,
-    } = signed;
-    // All are written before the first takes its place: a full disk leaves the old ones.
-    let fresh = [
-        write_beside(dir.join("tls.key"), &key, 0o600)?,
-        write_beside(path, &certificate, 0o644)?,
-        write_beside(dir.join("ca.crt"), &authorities, 0o644)?,
-    ];
-    for fresh in fresh {
-        fresh.put()?;
     }
     Ok(identity)
 }
@@ -212,51 +208,12 @@ fn order(ca: &Path, problem: &'static str, first: &'static str) -> AuthorityErro
 
 /// Writes a file in the place of another: whoever reads sees the one or the other.
 fn replace(path: &Path, content: &str, mode: u32) -> Result<(), AuthorityError> {
-    write_beside(path.to_owned(), content, mode)?.put()
+    files::write_beside(path.to_owned(), content.as_bytes(), mode)
+        .and_then(files::Fresh::put)
+        .map_err(|source| not_replaced(path, source))
 }
 
-/// A file that is written and has not taken its place.
-struct Fresh {
-    written: PathBuf,
-    path: PathBuf,
-}
-
-impl Fresh {
-    fn put(self) -> Result<(), AuthorityError> {
-        let Self { written, path } = self;
-        fs::rename(&written, &path)
-            .and_then(|()| {
-                let dir = path.parent();
-                dir.map_or(Ok(()), |dir| File::open(dir)?.sync_all())
-            })
-            .map_err(|source| not_replaced(&path, source))
-    }
-}
-
-/// Writes what is to take the place of `path`, on the same disk.
-fn write_beside(path: PathBuf, content: &str, mode: u32) -> Result<Fresh, AuthorityError> {
-    let mut written = path.clone().into_os_string();
-    written.push(".new");
-    let written = PathBuf::from(written);
-    let write = || {
-        // What a crash has left may have another mode.
-        match fs::remove_file(&written) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(&written)?;
-        file.write_all(content.as_bytes())?;
-        file.sync_all()
-    };
-    write().map_err(|source| not_replaced(&path, source))?;
-    Ok(Fresh { written, path })
-}
-
-fn not_replaced(path: &Path, source: io::Error) -> AuthorityError {
+pub(super) fn not_replaced(path: &Path, source: io::Error) -> AuthorityError {
     AuthorityError::File {
         action: "replace",
         path: path.to_owned(),

@@ -23,10 +23,10 @@ pub(crate) fn admit(role: &Role, path: &str) -> Result<(), &'static str> {
     let area = path.split('/').nth(1).unwrap_or_default();
     match (area, role) {
         ("v1" | "openapi.json", Role::User { .. })
-        | ("weft.agent.v1.LeadDoor", Role::Agent { .. })
+        | ("weft.agent.v1.LeadDoor" | "weft.agent.v1.RenewDoor", Role::Agent { .. })
         | ("raft", Role::Lead { .. }) => Ok(()),
         ("v1" | "openapi.json", _) => Err("user"),
-        ("weft.agent.v1.LeadDoor", _) => Err("agent"),
+        ("weft.agent.v1.LeadDoor" | "weft.agent.v1.RenewDoor", _) => Err("agent"),
         ("raft", _) => Err("lead"),
         _ => Err("nobody"),
     }
@@ -70,6 +70,8 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/leads/drain"
             | "/v1/leads/{name}/drain"
             | "/v1/clusters/{name}/drain"
+            | "/v1/clusters/{name}/invitation"
+            | "/v1/clusters/{name}/leave"
             | "/v1/tokens"
             | "/v1/revocations",
         )
@@ -78,6 +80,7 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             "/v1/leads/{name}"
             | "/v1/clusters/{name}"
             | "/v1/clusters/{name}/drain"
+            | "/v1/clusters/{name}/invitation"
             | "/v1/tokens/{name}",
         ) => Some(Takes::Administration),
         _ => None,
@@ -146,6 +149,9 @@ mod tests {
             ("/v1/status", "user"),
             ("/openapi.json", "user"),
             ("/weft.agent.v1.LeadDoor/Follow", "agent"),
+            ("/weft.agent.v1.RenewDoor/Renew", "agent"),
+            // It is behind another handshake.
+            ("/weft.join.v1.JoinDoor/Join", "nobody"),
             ("/raft/v1/append", "lead"),
             ("/raft/v1/ask", "lead"),
             ("/", "nobody"),
@@ -184,6 +190,9 @@ mod tests {
         ("DELETE", "/v1/clusters/{name}", ADMINS),
         ("POST", "/v1/clusters/{name}/drain", ADMINS),
         ("DELETE", "/v1/clusters/{name}/drain", ADMINS),
+        ("POST", "/v1/clusters/{name}/invitation", ADMINS),
+        ("DELETE", "/v1/clusters/{name}/invitation", ADMINS),
+        ("POST", "/v1/clusters/{name}/leave", ADMINS),
         ("GET", "/v1/nodes", EVERYBODY),
         ("GET", "/v1/migrations", EVERYBODY),
         ("POST", "/v1/migrations", DEPLOYERS),

@@ -8,7 +8,7 @@
 //! It is open only where the lead was told so, on a port of its own: the leads' and the agents' door never speaks to
 //! who shows no certificate.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Extension, Router,
@@ -20,12 +20,8 @@ use axum::{
 use control_core::name::Name;
 use netmanager_api::identity::fingerprint;
 
-use super::caller::Caller;
+use super::{Peer, caller::Caller};
 use crate::{api, lead::Lead, problem::Refusal};
-
-/// The other end of a connection.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub(super) SocketAddr);
 
 /// The control API, for who shows a token.
 pub(crate) fn routes(lead: &Arc<Lead>) -> Router {

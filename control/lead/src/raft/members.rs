@@ -48,6 +48,9 @@ pub(crate) struct About {
     /// The fingerprints of the authorities whose certificates it accepts; none from a lead that does not say.
     #[serde(default)]
     pub(crate) authorities: Vec<String>,
+    /// When what it signs certificates with ends, milliseconds; `None` where it signs none.
+    #[serde(default)]
+    pub(crate) issuer_ends_ms: Option<u64>,
     /// How much room its disk has; `None` from a lead that does not say, or does not know.
     #[serde(default)]
     pub(crate) room: Option<Room>,
@@ -378,6 +381,7 @@ mod tests {
                 version: String::new(),
                 applied: 0,
                 authorities: Vec::new(),
+                issuer_ends_ms: None,
                 room: None,
             };
             (id, Some(about))

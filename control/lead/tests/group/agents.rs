@@ -141,6 +141,7 @@ impl TestAgent {
         outbound.send(FromAgent::Hello(hello)).await.unwrap();
         let credentials = match cluster {
             "fog" => "agent-fog",
+            "dune" => "agent-dune",
             _ => "agent",
         };
         let mut client = LeadDoorClient::new(mesh.channel(credentials, lead));

@@ -12,7 +12,7 @@ use std::{
 use http::StatusCode;
 use netmanager_api::identity::{BACKDATED, SERVER_NAME};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, client::WantsClientCert};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -86,29 +86,38 @@ impl Forged<'_> {
 
 /// TLS with the certificate in `dir`, or with none; it does not look at who answers.
 fn tls(mesh: &TestMesh, dir: Option<&Path>) -> Arc<ClientConfig> {
+    let read = |dir: &Path, name| fs::read_to_string(dir.join(name)).unwrap();
+    match dir {
+        None => Arc::new(to_any_lead(mesh).with_no_client_auth()),
+        Some(dir) => tls_of_chain(mesh, &read(dir, "tls.crt"), &read(dir, "tls.key")),
+    }
+}
+
+/// TLS with this chain and key, PEM.
+pub(crate) fn tls_of_chain(mesh: &TestMesh, chain: &str, key: &str) -> Arc<ClientConfig> {
+    let chain = CertificateDer::pem_slice_iter(chain.as_bytes()).map(Result::unwrap);
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+    let config = to_any_lead(mesh).with_client_auth_cert(chain.collect(), key);
+    Arc::new(config.unwrap())
+}
+
+fn to_any_lead(mesh: &TestMesh) -> ConfigBuilder<ClientConfig, WantsClientCert> {
     let mut roots = RootCertStore::empty();
     let ca = CertificateDer::from_pem_file(mesh.path().join("ca/ca.crt")).unwrap();
     roots.add(ca).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_root_certificates(roots);
-    let config = match dir {
-        None => config.with_no_client_auth(),
-        Some(dir) => {
-            let certificate = CertificateDer::from_pem_file(dir.join("tls.crt")).unwrap();
-            let key = PrivateKeyDer::from_pem_file(dir.join("tls.key")).unwrap();
-            config
-                .with_client_auth_cert(vec![certificate], key)
-                .unwrap()
-        }
-    };
-    Arc::new(config)
+        .with_root_certificates(roots)
 }
 
 /// Says one line of HTTP; the status, or how the door was shut.
-async fn knock(at: SocketAddr, tls: Arc<ClientConfig>, ask: &str) -> io::Result<(u16, String)> {
+pub(crate) async fn knock(
+    at: SocketAddr,
+    tls: Arc<ClientConfig>,
+    ask: &str,
+) -> io::Result<(u16, String)> {
     let exchange = async {
         let tcp = TcpStream::connect(at).await?;
         let name = SERVER_NAME.try_into().unwrap();

@@ -6,6 +6,7 @@ mod backup;
 mod clusters;
 mod disk;
 mod doors;
+mod joins;
 mod log;
 mod members;
 mod mesh;

@@ -19,7 +19,7 @@ use std::{
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject};
 
-use super::{IdentityError, check_key_mode, file_error, provider};
+use super::{IdentityError, Shown, check_key_mode, file_error, held::Current, provider};
 
 const CHAIN: &str = "tls.crt";
 const KEY: &str = "tls.key";
@@ -57,6 +57,15 @@ impl Files {
         })
     }
 
+    /// What their certificate says, if the key is its own and the authorities among them vouch for it.
+    ///
+    /// # Errors
+    /// When they do not serve.
+    pub fn check(&self) -> Result<Shown, IdentityError> {
+        let current = Current::of(self.clone(), Path::new(""))?;
+        current.check().cloned()
+    }
+
     /// Writes them into `dir`, which is made where it is missing; none of them may exist.
     ///
     /// # Errors
@@ -75,16 +84,21 @@ impl Files {
     /// # Errors
     /// When one cannot be written: none has been replaced then.
     pub fn replace(&self, dir: &Path) -> Result<(), IdentityError> {
-        let beside = |(name, content, mode): (&str, &[u8], u32)| {
+        let mut written = Vec::new();
+        for (name, content, mode) in self.each() {
             let path = dir.join(name);
-            write_beside(path.clone(), content, mode).map_err(|error| unwritten(&path, error))
-        };
-        let fresh: Result<Vec<_>, _> = self.each().into_iter().map(beside).collect();
-        for fresh in fresh? {
-            let path = fresh.path.clone();
-            fresh.put().map_err(|error| unwritten(&path, error))?;
+            match write_beside(path.clone(), content, mode) {
+                Ok(fresh) => written.push(fresh),
+                Err(error) => {
+                    written.into_iter().for_each(Fresh::discard);
+                    return Err(unwritten(&path, error));
+                }
+            }
         }
-        Ok(())
+        written.into_iter().try_for_each(|fresh| {
+            let path = fresh.path.clone();
+            fresh.put().map_err(|error| unwritten(&path, error))
+        })
     }
 
     /// In the order in which they take their places.
@@ -163,6 +177,12 @@ impl Fresh {
         fs::rename(&written, &path)?;
         let dir = path.parent();
         dir.map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    }
+
+    /// Is not wanted any more.
+    fn discard(self) {
+        // What stays is replaced by the next try.
+        let _ = fs::remove_file(self.written);
     }
 }
 

@@ -41,6 +41,8 @@ use super::{
 const LOOK: Duration = Duration::from_secs(2);
 /// How long before its end a certificate is complained of, and how often.
 const SOON: Duration = Duration::from_secs(30 * DAY.as_secs());
+/// The same of one that a lead signed: its holder renews it when ten days are left.
+const SOON_BY_LEAD: Duration = Duration::from_secs(7 * DAY.as_secs());
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// What handshakes use from now on.
@@ -50,6 +52,8 @@ pub(super) struct Current {
     shown: Shown,
     /// Fingerprints.
     pub(super) authorities: Vec<String>,
+    /// The own chain, and the authorities behind it.
+    introducing: Arc<CertifiedKey>,
     pub(super) clients: Arc<dyn ClientCertVerifier>,
     pub(super) servers: Arc<WebPkiServerVerifier>,
 }
@@ -66,12 +70,15 @@ impl Current {
             .map_err(|source| file_error(&dir.join("tls.key"), source))?;
         let mut roots = RootCertStore::empty();
         let mut authorities = Vec::new();
+        let mut introduction = chain.clone();
         for certificate in certificates("ca.crt", &files.authorities)? {
             authorities.push(fingerprint(&certificate));
+            introduction.push(certificate.clone());
             roots.add(certificate).map_err(IdentityError::Tls)?;
         }
         let shown = Shown::of_chain(&chain)?;
         let own = CertifiedKey::from_der(chain, key, &provider()).map_err(IdentityError::Tls)?;
+        let introducing = CertifiedKey::new(introduction, own.key.clone());
         let roots = Arc::new(roots);
         let failed = |error: &dyn fmt::Display| IdentityError::Authority(error.to_string());
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
@@ -85,6 +92,7 @@ impl Current {
             own: Arc::new(own),
             shown,
             authorities,
+            introducing: Arc::new(introducing),
             clients,
             servers,
         })
@@ -100,6 +108,32 @@ impl Current {
                 .verify_client_cert(certificate, others, UnixTime::now())
         };
         verify::vouched(certificate, others, by).map(drop)
+    }
+
+    pub(super) fn shown(&self) -> &Shown {
+        &self.shown
+    }
+
+    /// Whether the first authority alone vouches for the own certificate.
+    pub(super) fn is_of_who_signs(&self) -> bool {
+        let Some(first) = self.introducing.cert.get(self.own.cert.len()) else {
+            return false;
+        };
+        let mut roots = RootCertStore::empty();
+        let Some((own, others)) = self.own.cert.split_first() else {
+            return false;
+        };
+        if roots.add(first.clone()).is_err() {
+            return false;
+        }
+        let by_first = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+        let Ok(by_first) = by_first.build() else {
+            return false;
+        };
+        let by = |others: &[CertificateDer<'_>]| {
+            by_first.verify_client_cert(own, others, UnixTime::now())
+        };
+        verify::vouched(own, others, by).is_ok()
     }
 
     /// What the own certificate says, if the own authorities vouch for it: else nobody would open to it, and it to nobody.
@@ -204,11 +238,19 @@ impl Held {
                     tracing::warn!(error, "the credentials in the folder are not taken");
                 }
             }
-            let expires = self.current().shown.expires_in();
-            if expires < SOON && complained.is_none_or(|at| at.elapsed() >= DAY) {
+            let current = self.current();
+            let expires = current.shown.expires_in();
+            let (soon, way_out) = match current.shown.is_signed_by_a_lead() {
+                true => (
+                    SOON_BY_LEAD,
+                    "a lead with an issuer renews it (weft lead list)",
+                ),
+                false => (SOON, "weft renew"),
+            };
+            if expires < soon && complained.is_none_or(|at| at.elapsed() >= DAY) {
                 complained = Some(Instant::now());
                 let hours = expires.as_secs() / 3600;
-                tracing::warn!(hours, "the own certificate expires soon: weft renew");
+                tracing::warn!(hours, "the own certificate expires soon: {way_out}");
             }
             sleep(LOOK).await;
         }
@@ -248,15 +290,32 @@ impl Held {
         }
     }
 
+    /// See [`Credentials::replace`](super::Credentials::replace).
+    pub(super) fn replace(&self, chain: Vec<u8>, key: Vec<u8>) -> Result<(), IdentityError> {
+        let files = Files {
+            chain,
+            key,
+            authorities: self.current().files.authorities.clone(),
+        };
+        let is = files.check()?.identity;
+        self.check_identity(&is)?;
+        files.replace(&self.dir)
+    }
+
+    fn check_identity(&self, is: &Identity) -> Result<(), IdentityError> {
+        let was = self.identity();
+        if *is == was {
+            return Ok(());
+        }
+        Err(IdentityError::Changed {
+            was: was.to_string(),
+            is: is.to_string(),
+        })
+    }
+
     fn take(&self, files: Files) -> Result<(), IdentityError> {
         let next = Current::of(files, &self.dir)?;
-        let before = self.current();
-        if next.shown.identity != before.shown.identity {
-            return Err(IdentityError::Changed {
-                was: before.shown.identity.to_string(),
-                is: next.shown.identity.to_string(),
-            });
-        }
+        self.check_identity(&next.shown.identity)?;
         next.check()?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
         self.generation.fetch_add(1, Ordering::Release);
@@ -281,5 +340,15 @@ impl ResolvesClientCert for Held {
 
     fn has_certs(&self) -> bool {
         true
+    }
+}
+
+/// Shows the authorities behind the own chain.
+#[derive(Debug)]
+pub(super) struct Introducing(pub(super) Arc<Held>);
+
+impl ResolvesServerCert for Introducing {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.current().introducing.clone())
     }
 }

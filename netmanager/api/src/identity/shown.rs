@@ -103,6 +103,12 @@ impl Shown {
         Self::of_chain(session.peer_certificates().unwrap_or_default())
     }
 
+    /// Whether a lead signed it for the authority, as far as that was shown.
+    #[must_use]
+    pub fn is_signed_by_a_lead(&self) -> bool {
+        !self.signers.is_empty()
+    }
+
     /// How long until it expires; zero once it has.
     #[must_use]
     pub fn expires_in(&self) -> Duration {

@@ -10,19 +10,21 @@
 //!
 //! What is refused is logged with who the certificate says that it is: of a foreign CA's that is a claim only.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
+    SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
+    crypto::{verify_tls12_signature, verify_tls13_signature},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use super::{RevokedList, Role, Shown, held::Held};
+use super::{RevokedList, Role, Shown, fingerprint, held::Held, provider};
 
 /// What `by` says of a certificate that came with `others`: an authority's own signature is good for every role, one of
 /// a lead that the authority lets sign for agents and nodes.
@@ -273,5 +275,100 @@ impl ServerCertVerifier for ServerCheck {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.chain.now().supported_verify_schemes()
+    }
+}
+
+/// Accepts a server that shows an authority of a known fingerprint, which has signed for it itself, and whose role the
+/// caller accepts.
+pub(super) struct PinCheck {
+    pins: BTreeSet<String>,
+    check: Check,
+    accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
+}
+
+impl PinCheck {
+    pub(super) fn new(
+        pins: BTreeSet<String>,
+        accept: Box<dyn Fn(&Role) -> bool + Send + Sync>,
+    ) -> Self {
+        let check = Check {
+            mesh: None,
+            revoked: RevokedList::default(),
+        };
+        Self {
+            pins,
+            check,
+            accept,
+        }
+    }
+}
+
+impl fmt::Debug for PinCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinCheck")
+            .field("pins", &self.pins)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ServerCertVerifier for PinCheck {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let mut roots = RootCertStore::empty();
+        for authority in others {
+            if self.pins.contains(&fingerprint(authority)) {
+                roots.add(authority.clone().into_owned())?;
+            }
+        }
+        if roots.is_empty() {
+            let known: Vec<_> = self.pins.iter().map(String::as_str).collect();
+            return Err(Error::General(format!(
+                "it does not show the expected authority (SHA-256 {})",
+                known.join(", ")
+            )));
+        }
+        let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map_err(|error| Error::General(error.to_string()))?;
+        let verified =
+            chain.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)?;
+        let identity = self.check.shown(end_entity, &[])?.identity;
+        if (self.accept)(&identity.role) {
+            return Ok(verified);
+        }
+        Err(Error::General(format!(
+            "the peer is {identity}, which is not who should be there"
+        )))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = provider().signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signed, &algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = provider().signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signed, &algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        let algorithms = provider().signature_verification_algorithms;
+        algorithms.supported_schemes()
     }
 }
