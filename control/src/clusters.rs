@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use ::http::Method;
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use control_api::{
-    http::{Changed, Cluster as Shown, InvitationRequest, Lead, List},
+    http::{
+        Binding, Changed, Cluster as Shown, InvitationRequest, Lead, List, RevocationRequest,
+        Status,
+    },
     join::JoinString,
 };
 use control_core::name::Name;
@@ -22,6 +25,9 @@ use crate::{
 /// How often what is still in a cluster is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// How many instances are named that are in the way.
+const NAMED: usize = 5;
+
 /// The clusters of the mesh.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Clusters {
@@ -33,6 +39,8 @@ pub(crate) enum Clusters {
     Drain(Drain),
     /// Uses a cluster again that was drained.
     Undrain(Undrain),
+    /// Lets a cluster leave the mesh: it is emptied, its certificates are revoked, and it is forgotten.
+    Leave(Leave),
     /// Takes a cluster out of the mesh whose agent is stopped and to which nothing is bound.
     Forget(Forget),
 }
@@ -44,6 +52,7 @@ impl Clusters {
             Self::JoinString(invite) => invite.run(),
             Self::Drain(drain) => drain.run(),
             Self::Undrain(undrain) => undrain.run(),
+            Self::Leave(leave) => leave.run(),
             Self::Forget(forget) => forget.run(),
         }
     }
@@ -172,17 +181,34 @@ fn wait_until_empty(common: &Common, name: &Name, wait: Duration) -> anyhow::Res
     loop {
         let cluster = find(common, name)?;
         let cluster = cluster.with_context(|| format!("cluster {name} was forgotten meanwhile"))?;
-        let left = cluster.bindings;
-        if left == 0 {
+        if cluster.bindings == 0 {
             return Ok(());
         }
-        ensure!(
-            Instant::now() < end,
-            "{left} instances are still in cluster {name} after {wait:?}: weft get bindings names them, weft explain says \
-             where each may go"
-        );
+        if Instant::now() >= end {
+            let bindings: List<Binding> = common.leads.ask(&Ask::get("/v1/bindings"))?;
+            bail!("{}", stuck(name, wait, &bindings.items));
+        }
         std::thread::sleep(LOOK);
     }
+}
+
+/// What is still in a cluster, for people.
+fn stuck(name: &Name, wait: Duration, bindings: &[Binding]) -> String {
+    let slots: Vec<_> = bindings
+        .iter()
+        .filter(|it| it.cluster == name.as_str())
+        .map(|it| it.slot.as_str())
+        .collect();
+    let more = match slots.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let named = slots[..slots.len().min(NAMED)].join(", ");
+    format!(
+        "{} instances are still in cluster {name} after {wait:?} ({named}{more}): weft explain says where each may go; make \
+         room there, or delete them",
+        slots.len()
+    )
 }
 
 /// A cluster as the leads know it, if they do.
@@ -190,6 +216,80 @@ fn find(common: &Common, name: &Name) -> anyhow::Result<Option<Shown>> {
     let list: List<Shown> = common.leads.ask(&Ask::get("/v1/clusters"))?;
     let mut clusters = list.items.into_iter();
     Ok(clusters.find(|cluster| cluster.name == name.as_str()))
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Leave {
+    /// The cluster.
+    name: Name,
+    /// How long it may take to be emptied, and then how long its agent may take to be gone.
+    #[arg(long, value_name = "TIME", value_parser = daemon::duration, default_value = "5m")]
+    wait: Duration,
+    /// Although it has not said that all it ran has stopped: its machines are gone for good.
+    #[arg(long)]
+    abandon: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Leave {
+    /// Each step may be repeated: asked again, it goes on where it was.
+    fn run(self) -> anyhow::Result<()> {
+        let Self { name, common, .. } = &self;
+        let again = || {
+            format!(
+                "cluster {name} is leaving, and stays where it is: weft cluster leave {name} goes on"
+            )
+        };
+        self.change(Method::POST, "/leave")?;
+        wait_until_empty(common, name, self.wait).with_context(again)?;
+        self.revoke().with_context(again)?;
+        self.wait_until_lost().with_context(again)?;
+        let path = format!("?abandon={}", self.abandon);
+        let changed = self.change(Method::DELETE, &path).with_context(again)?;
+        let text = |_: &Changed| format!("cluster {name} has left: its certificates count no more");
+        common.write(&changed, text)
+    }
+
+    fn change(&self, method: Method, rest: &str) -> anyhow::Result<Changed> {
+        let path = format!("/v1/clusters/{}{rest}", self.name);
+        let ask = Ask {
+            method,
+            ..Ask::get(&path)
+        };
+        self.common.leads.ask(&ask)
+    }
+
+    /// From now on what its agent was issued counts no more.
+    fn revoke(&self) -> anyhow::Result<()> {
+        let status: Status = self.common.leads.ask(&Ask::get("/v1/status"))?;
+        let mesh = status.mesh.context("there is no mesh yet")?.name;
+        let request = RevocationRequest {
+            holder: format!("weft://{mesh}/agent/{}", self.name),
+            certificate: None,
+        };
+        let ask = Ask {
+            method: Method::POST,
+            body: serde_json::to_vec(&request)?.into(),
+            ..Ask::get("/v1/revocations")
+        };
+        let _: Changed = self.common.leads.ask(&ask)?;
+        Ok(())
+    }
+
+    /// Its agent is shut out, and not heard for a lease.
+    fn wait_until_lost(&self) -> anyhow::Result<()> {
+        let end = Instant::now() + self.wait;
+        while find(&self.common, &self.name)?.is_some_and(|it| it.state != "lost") {
+            ensure!(
+                Instant::now() < end,
+                "its agent still has a stream after {:?}: is a lead cut off from the others (weft lead list)?",
+                self.wait
+            );
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Args)]
@@ -238,5 +338,39 @@ impl Forget {
         };
         let text = |_: &Changed| format!("cluster {} is forgotten", self.name);
         self.common.answer(&ask, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_in_a_cluster_is_named_and_counted() {
+        let binding = |number: usize| Binding {
+            slot: format!("shop/one/web#{number}"),
+            epoch: 1,
+            cluster: if number < 7 { "edge" } else { "fog" }.to_owned(),
+            node: String::new(),
+            state: String::new(),
+            phase: String::new(),
+            reason: String::new(),
+            generation: 1,
+            addr6: None,
+            addr4: None,
+            since_ms: 0,
+        };
+        let bindings: Vec<_> = (0..9).map(binding).collect();
+        let edge = "edge".parse().unwrap();
+        let text = stuck(&edge, Duration::from_secs(60), &bindings);
+        assert!(
+            text.starts_with("7 instances are still in cluster edge after 60s (shop/one/web#0, ")
+        );
+        assert!(
+            text.contains("web#4 and 2 more)") && !text.contains("web#5"),
+            "{text}"
+        );
+        let text = stuck(&edge, Duration::from_secs(60), &bindings[6..]);
+        assert!(text.contains("(shop/one/web#6)"), "{text}");
     }
 }

@@ -52,7 +52,7 @@ enum Command {
     Audit(security::Audit),
     /// Runs a lead, or changes who the leads are.
     Lead(Box<leads::Lead>),
-    /// Lists the clusters, lets one join, or empties one.
+    /// Lists the clusters, lets one join or leave, or empties one.
     #[command(subcommand)]
     Cluster(clusters::Clusters),
     /// Runs a cluster's agent, or makes this machine one.
@@ -147,6 +147,7 @@ mod tests {
             ("cluster undrain NAME", "edge"),
             ("cluster forget NAME", "edge"),
             ("cluster join-string NAME", "edge"),
+            ("cluster leave NAME", "edge"),
             ("lead add NAME --address 127.0.0.1:2", "d"),
             ("lead remove NAME", "d"),
             ("lead replace NAME --with e --address 127.0.0.1:2", "d"),

@@ -341,6 +341,47 @@ fn a_drained_cluster_stays_so_when_its_agent_comes_back() {
 }
 
 #[test]
+fn a_leaving_cluster_is_drained_until_it_is_gone_or_used_again() {
+    let mut world = World::new();
+    let cluster = name("fog");
+    let leave = Command::LeaveCluster {
+        cluster: cluster.clone(),
+    };
+    assert_eq!(world.one(leave.clone()), Ok(Applied::Changed));
+    let fog = |world: &World| world.kb.clusters[&cluster].clone();
+    let since = fog(&world).leaving_since_ms;
+    assert!(since.is_some() && fog(&world).drained_since_ms == since);
+    world.lose("fog");
+    world.register("fog");
+    assert_eq!(world.one(leave.clone()), Ok(Applied::Unchanged));
+    assert_eq!(fog(&world).leaving_since_ms, since);
+    let undrain = Command::UndrainCluster {
+        cluster: cluster.clone(),
+    };
+    assert_eq!(world.one(undrain), Ok(Applied::Changed));
+    assert_eq!(
+        (fog(&world).leaving_since_ms, fog(&world).drained_since_ms),
+        (None, None)
+    );
+    // One that was drained before leaves, too, and no longer leaves once it has.
+    let drain = Command::DrainCluster {
+        cluster: cluster.clone(),
+    };
+    world.one(drain).unwrap();
+    assert_eq!(world.one(leave.clone()), Ok(Applied::Changed));
+    world.lose("fog");
+    let forget = Command::ForgetCluster {
+        cluster: cluster.clone(),
+        abandon: false,
+    };
+    assert_eq!(world.one(forget), Ok(Applied::Changed));
+    let gone = world.one(leave);
+    assert_eq!(gone, Err(Refusal::UnknownCluster(cluster.clone())));
+    world.register("fog");
+    assert_eq!(fog(&world).leaving_since_ms, None);
+}
+
+#[test]
 fn a_user_gets_the_address_asked_for_or_is_told_why_not() {
     let mut world = World::new();
     let asking = |policy: &str, address: &str| {

@@ -393,3 +393,56 @@ async fn wait_for_renewal(mesh: &TestMesh, who: &str) -> (String, Certificate) {
     .await;
     renewed.unwrap()
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_left_is_shut_out_and_may_join_again() {
+    let mesh = start(&["a"], &["a"]).await;
+    let enter = async |digit: char| {
+        let (status, text) = invite(&mesh, "a", "dune", digit).await;
+        assert_eq!(status, StatusCode::OK, "{text}");
+        let (key, request) = new_key();
+        let joined = join(&mesh, "a", ("dune", digit), &request).await.unwrap();
+        // The folder of its agent is another machine's.
+        let _ = fs::remove_dir_all(mesh.path().join("agent-dune"));
+        keep(&mesh, &joined.chain, &key, "agent-dune");
+        let (agent, _) = TestAgent::follow(&mesh, "a", "dune", None).await.unwrap();
+        agent
+    };
+    let clusters = async || {
+        let (_, list): (_, List<control_api::http::Cluster>) = mesh.get("a", "/v1/clusters").await;
+        list.items
+    };
+    let change = async |method: &str, rest: &str| {
+        let path = format!("/v1/clusters/dune{rest}");
+        let (status, text) = mesh.ask("a", method, &path, "").await;
+        assert_eq!(status, StatusCode::OK, "{text}");
+        serde_json::from_str::<Changed>(&text).unwrap().changed
+    };
+    let mut agent = enter('1').await;
+    assert!(change("POST", "/leave").await);
+    assert!(!change("POST", "/leave").await, "it goes on where it was");
+    let leaving = clusters().await.remove(0);
+    assert!(leaving.leaving_since_ms.is_some() && leaving.drained_since_ms.is_some());
+    assert!(change("DELETE", "/drain").await, "it stays after all");
+    assert_eq!(clusters().await[0].leaving_since_ms, None);
+    assert!(change("POST", "/leave").await);
+
+    let body = r#"{"holder":"weft://demo/agent/dune"}"#;
+    let (_, changed): (_, Changed) = mesh.post("a", "/v1/revocations", body).await;
+    assert!(changed.changed);
+    wait_for("its stream to end", LIMIT, async || agent.has_ended().await).await;
+    assert!(TestAgent::follow(&mesh, "a", "dune", None).await.is_err());
+    wait_for("it to be lost", LIMIT, async || {
+        clusters().await[0].state == "lost"
+    })
+    .await;
+    assert!(change("DELETE", "").await);
+    assert!(clusters().await.is_empty());
+    let (status, _) = mesh.ask("a", "POST", "/v1/clusters/dune/leave", "").await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+
+    let _agent = enter('2').await;
+    let back = clusters().await.remove(0);
+    assert_eq!((back.name.as_str(), back.leaving_since_ms), ("dune", None));
+    mesh.end().await;
+}
