@@ -15,6 +15,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
 };
 use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 use tonic::{Code, transport::Channel};
 use weft_lead::{
     authority::{self, rotation},
@@ -261,6 +263,32 @@ async fn who_has_no_certificate_gets_no_further_than_joining() {
     // The other doors of that port still open for who may.
     let (status, _) = mesh.ask("a", "GET", "/v1/status", "").await;
     assert_eq!(status, StatusCode::OK);
+    mesh.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_would_join_finds_few_places_and_the_other_doors_have_theirs() {
+    let mesh = start(&["a"], &["a"]).await;
+    let connect = async || {
+        let tcp = TcpStream::connect(mesh.address("a")).await.unwrap();
+        let name = netmanager_api::identity::SERVER_NAME.try_into().unwrap();
+        let connector = TlsConnector::from(tls(pins(&mesh)));
+        connector.connect(name, tcp).await
+    };
+    // Who says nothing is let go after a while: there are always some that have just come.
+    let mut held = Vec::new();
+    while !Log::has(&["too many join at once"]) {
+        assert!(held.len() < 10_000, "the door has no end");
+        held.push(connect().await);
+    }
+    let (status, _) = mesh.ask("a", "GET", "/v1/status", "").await;
+    assert_eq!(status, StatusCode::OK);
+    drop(held);
+    wait_for("a place", LIMIT, async || {
+        let channel = door(&mesh, "a");
+        request_by(channel, "GET", "/v1/status").await.ok() == Some(404)
+    })
+    .await;
     mesh.end().await;
 }
 

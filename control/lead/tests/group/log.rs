@@ -48,7 +48,8 @@ impl Log {
         }
     }
 
-    fn has(parts: &[&str]) -> bool {
+    /// Whether one line holds all of these by now.
+    pub(crate) fn has(parts: &[&str]) -> bool {
         let logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&logged);
         let mut lines = text.lines();
