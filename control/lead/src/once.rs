@@ -26,8 +26,9 @@ pub(crate) const SIGNED: u32 = 2;
 /// `command`, with who asked for it; as it is while some lead does not know that.
 pub(crate) fn sign(lead: &Lead, by: &str, command: Command) -> Command {
     let what = command.what();
-    tracing::info!(by, what, "a change is asked for");
     if lead.replica.read(|base| base.level) < SIGNED {
+        // Else the state keeps it: weft audit.
+        tracing::info!(by, what, "a change is asked for");
         return command;
     }
     Command::Signed(Box::new(Signed {
