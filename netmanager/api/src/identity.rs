@@ -24,7 +24,7 @@ use std::{collections::BTreeSet, fmt, fs, io, path::Path, str::FromStr, sync::Ar
 
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
-    client::{Resumption, WebPkiServerVerifier},
+    client::{Resumption, WebPkiServerVerifier, danger::ServerCertVerifier},
     server::NoServerSessionStorage,
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject};
@@ -417,15 +417,7 @@ pub fn client_without_certificate(
         .map_err(|error| IdentityError::Authority(error.to_string()))?;
     let chain = Chain::Fixed(chain);
     let verifier = ServerCheck::new(chain, None, RevokedList::default(), Box::new(accept));
-    let mut config = ClientConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
-        .map_err(IdentityError::Tls)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_no_client_auth();
-    config.resumption = Resumption::disabled();
-    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-    Ok(Arc::new(config))
+    without_certificate(Arc::new(verifier), alpn)
 }
 
 /// TLS for knocking, without a certificate, at a door that shows its authority: one of these, by their fingerprints. Its
@@ -439,11 +431,18 @@ pub fn client_by_fingerprints(
     accept: impl Fn(&Role) -> bool + Send + Sync + 'static,
 ) -> Result<Arc<ClientConfig>, IdentityError> {
     let verifier = PinCheck::new(pins, Box::new(accept));
+    without_certificate(Arc::new(verifier), alpn)
+}
+
+fn without_certificate(
+    verifier: Arc<dyn ServerCertVerifier>,
+    alpn: &[&[u8]],
+) -> Result<Arc<ClientConfig>, IdentityError> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(IdentityError::Tls)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_custom_certificate_verifier(verifier)
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
