@@ -307,29 +307,7 @@ impl KnowledgeBase {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::Batch;
-
-    fn base() -> KnowledgeBase {
-        let mut base = KnowledgeBase::default();
-        let mesh = crate::base::Mesh {
-            name: "m".to_owned(),
-            prefix6: "fd00:1:2::/48".parse().unwrap(),
-            prefix4: None,
-            seed: 1,
-            incarnation: 0,
-            lease_ms: 10_000,
-        };
-        apply(&mut base, 1_000, Command::InitMesh(mesh)).unwrap();
-        base
-    }
-
-    fn apply(base: &mut KnowledgeBase, log_time_ms: u64, command: Command) -> Outcome {
-        let batch = Batch {
-            log_time_ms,
-            commands: vec![command],
-        };
-        base.apply(base.index + 1, &batch).remove(0)
-    }
+    use crate::world::{apply, founded};
 
     fn create(name: &str, hash: char, lasts_ms: u64) -> Command {
         Command::CreateToken {
@@ -350,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_token_is_made_once_and_gives_its_name_back() {
-        let mut base = base();
+        let mut base = founded();
         assert_eq!(
             apply(&mut base, 1_000, create("ci", 'a', 50)),
             Ok(Applied::Changed)
@@ -384,7 +362,7 @@ mod tests {
 
     #[test]
     fn what_is_read_again_is_kept_whole_or_refused() {
-        let mut base = base();
+        let mut base = founded();
         let create = |access: String| Command::CreateToken {
             name: "ci".parse().unwrap(),
             hash: "a".repeat(HASH),
@@ -414,7 +392,7 @@ mod tests {
 
     #[test]
     fn what_was_changed_is_noted_and_what_was_not_is_not() {
-        let mut base = base();
+        let mut base = founded();
         apply(&mut base, 1_000, signed("ann", create("ci", 'a', 50))).unwrap();
         apply(&mut base, 1_001, signed("bob", create("ci", 'a', 50))).unwrap();
         apply(&mut base, 1_002, signed("bob", create("ci", 'b', 50))).unwrap_err();
@@ -447,9 +425,9 @@ mod tests {
 
     #[test]
     fn what_is_revoked_is_the_same_list_until_something_is_revoked() {
-        let mut base = base();
+        let mut base = founded();
         let revoke = |certificate: Option<char>| Command::RevokeCertificate {
-            holder: "weft://m/user/ann".to_owned(),
+            holder: "weft://test/user/ann".to_owned(),
             certificate: certificate.map(|digit| digit.to_string().repeat(HASH)),
         };
         let same = |a: &Security, b: &Security| {
@@ -467,10 +445,10 @@ mod tests {
         assert_eq!(same(&seen, &base.security), (true, false));
         apply(&mut base, 1_003, revoke(None)).unwrap();
         assert_eq!(same(&seen, &base.security), (false, false));
-        assert_eq!(seen.holders["weft://m/user/ann"], 1_000);
+        assert_eq!(seen.holders["weft://test/user/ann"], 1_000);
         let text = serde_json::to_string(&base.security).unwrap();
         assert!(
-            text.contains(r#""holders":{"weft://m/user/ann":1003}"#),
+            text.contains(r#""holders":{"weft://test/user/ann":1003}"#),
             "{text}"
         );
         assert_eq!(
@@ -481,12 +459,12 @@ mod tests {
 
     #[test]
     fn a_restore_revokes_no_less_and_brings_no_token_back() {
-        let mut base = base();
+        let mut base = founded();
         let revoke = |holder: &str| Command::RevokeCertificate {
             holder: holder.to_owned(),
             certificate: None,
         };
-        apply(&mut base, 1_000, revoke("weft://m/user/ann")).unwrap();
+        apply(&mut base, 1_000, revoke("weft://test/user/ann")).unwrap();
         apply(&mut base, 1_000, create("ci", 'a', 50)).unwrap();
         let backup = base.sketch();
         assert!(backup.security.tokens.is_empty());
@@ -494,14 +472,14 @@ mod tests {
             name: "ci".parse().unwrap(),
         };
         apply(&mut base, 1_001, token).unwrap();
-        apply(&mut base, 1_002, revoke("weft://m/node/edge/n1")).unwrap();
+        apply(&mut base, 1_002, revoke("weft://test/node/edge/n1")).unwrap();
         let restore = Command::Restore(Box::new(backup.clone()));
         apply(&mut base, 1_003, signed("ann", restore)).unwrap();
         assert_eq!(base.security.holders.len(), 2);
         assert!(base.security.tokens.is_empty());
         assert_eq!(base.security.audit.len(), 1);
         // A mesh that is built anew from it knows what was revoked, too.
-        let mut anew = self::base();
+        let mut anew = founded();
         apply(&mut anew, 1_004, Command::Restore(Box::new(backup))).unwrap();
         assert_eq!(anew.security.holders.len(), 1);
     }

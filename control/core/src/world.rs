@@ -78,6 +78,22 @@ pub(crate) fn mesh() -> Mesh {
     }
 }
 
+/// A mesh and nothing in it, a second after the epoch.
+pub(crate) fn founded() -> KnowledgeBase {
+    let mut kb = KnowledgeBase::default();
+    apply(&mut kb, 1_000, Command::InitMesh(mesh())).unwrap();
+    kb
+}
+
+/// What comes of one command, proposed at a time of its own.
+pub(crate) fn apply(kb: &mut KnowledgeBase, log_time_ms: u64, command: Command) -> Outcome {
+    let batch = Batch {
+        log_time_ms,
+        commands: vec![command],
+    };
+    kb.apply(kb.index + 1, &batch).remove(0)
+}
+
 pub(crate) fn facts(tier: Tier, cpu_price_ueur_h: u64) -> ClusterFacts {
     ClusterFacts {
         tier,

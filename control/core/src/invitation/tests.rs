@@ -1,33 +1,11 @@
 use super::*;
 use crate::{
-    base::Mesh,
-    command::{Batch, Command},
-    report::{ClusterFacts, Tier},
+    command::Command,
+    report::Tier,
+    world::{apply, facts, founded},
 };
 
 const MINUTE: u64 = 60_000;
-
-fn base() -> KnowledgeBase {
-    let mut base = KnowledgeBase::default();
-    let mesh = Mesh {
-        name: "m".to_owned(),
-        prefix6: "fd00:1:2::/48".parse().unwrap(),
-        prefix4: None,
-        seed: 1,
-        incarnation: 0,
-        lease_ms: 10_000,
-    };
-    apply(&mut base, 1_000, Command::InitMesh(mesh)).unwrap();
-    base
-}
-
-fn apply(base: &mut KnowledgeBase, log_time_ms: u64, command: Command) -> Outcome {
-    let batch = Batch {
-        log_time_ms,
-        commands: vec![command],
-    };
-    base.apply(base.index + 1, &batch).remove(0)
-}
 
 fn edge() -> Name {
     "edge".parse().unwrap()
@@ -59,17 +37,7 @@ fn register(session: u64) -> Command {
     Command::RegisterCluster {
         cluster: edge(),
         session,
-        facts: Box::new(ClusterFacts {
-            tier: Tier::Edge,
-            region: "de".to_owned(),
-            labels: BTreeMap::new(),
-            cpu_price_ueur_h: 0,
-            memory_price_ueur_h: 0,
-            egress_price_ueur_gib: 0,
-            cpu_power_mw: 0,
-            carbon_g_kwh: 0,
-            prefixes: Vec::new(),
-        }),
+        facts: Box::new(facts(Tier::Edge, 0)),
     }
 }
 
@@ -79,7 +47,7 @@ fn why(outcome: Outcome) -> String {
 
 #[test]
 fn one_request_uses_a_token_up_and_gets_its_answer_again() {
-    let mut base = base();
+    let mut base = founded();
     apply(&mut base, 2_000, invite('a')).unwrap();
     assert_eq!(
         apply(&mut base, 3_000, join('a', '1', 3_000)),
@@ -103,7 +71,7 @@ fn one_request_uses_a_token_up_and_gets_its_answer_again() {
 
 #[test]
 fn a_token_that_is_unknown_expired_replaced_or_withdrawn_lets_nobody_in() {
-    let mut base = base();
+    let mut base = founded();
     let unknown = why(apply(&mut base, 1_000, join('a', '1', 1_000)));
     assert!(unknown.contains("is none"), "{unknown}");
     apply(&mut base, 1_000, invite('a')).unwrap();
@@ -128,7 +96,7 @@ fn a_token_that_is_unknown_expired_replaced_or_withdrawn_lets_nobody_in() {
 
 #[test]
 fn a_connected_cluster_is_nobody_else_s_and_a_lost_one_s_certificates_end_with_the_join() {
-    let mut base = base();
+    let mut base = founded();
     apply(&mut base, 1_000, invite('a')).unwrap();
     apply(&mut base, 1_000, register(7)).unwrap();
     let connected = why(apply(&mut base, 1_001, join('a', '1', 2_000)));
@@ -141,12 +109,12 @@ fn a_connected_cluster_is_nobody_else_s_and_a_lost_one_s_certificates_end_with_t
     };
     apply(&mut base, 1_500, lost).unwrap();
     apply(&mut base, 1_600, join('a', '1', 2_000)).unwrap();
-    assert_eq!(base.revoked_until("weft://m/agent/edge"), 1_999);
+    assert_eq!(base.revoked_until("weft://test/agent/edge"), 1_999);
 }
 
 #[test]
 fn what_is_revoked_takes_its_invitation_along_and_is_not_renewed() {
-    let mut base = base();
+    let mut base = founded();
     apply(&mut base, 1_000, register(7)).unwrap();
     let lost = Command::Lost {
         cluster: edge(),
@@ -165,7 +133,7 @@ fn what_is_revoked_takes_its_invitation_along_and_is_not_renewed() {
     assert_eq!(apply(&mut base, 2_000, renewal(500)), Ok(Applied::Changed));
     assert_eq!(base.clusters[&edge()].certificate_ends_ms, Some(9_000));
     let revoke = |certificate| Command::RevokeCertificate {
-        holder: "weft://m/agent/edge".to_owned(),
+        holder: "weft://test/agent/edge".to_owned(),
         certificate,
     };
     apply(&mut base, 3_000, revoke(None)).unwrap();
@@ -197,7 +165,7 @@ fn what_is_revoked_takes_its_invitation_along_and_is_not_renewed() {
 
 #[test]
 fn invitations_are_bounded_and_old_ones_make_room() {
-    let mut base = base();
+    let mut base = founded();
     let invite = |number: usize| Command::Invite {
         cluster: format!("c{number}").parse().unwrap(),
         hash: hash('a'),
