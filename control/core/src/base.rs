@@ -307,6 +307,9 @@ impl KnowledgeBase {
         if self.mesh.is_none() {
             return Err(Refusal::NoMesh);
         }
+        if command.changes_facts() {
+            self.lookup.touch_facts(self.index);
+        }
         match command {
             Command::InitMesh(_) | Command::Tick => Ok(Applied::Unchanged),
             Command::RegisterCluster {
@@ -454,6 +457,13 @@ impl KnowledgeBase {
         }
     }
 
+    /// The last entry that may have changed what applications are placed by, but for goals: who is there, what it can
+    /// take and what runs on it.
+    #[must_use]
+    pub fn facts_index(&self) -> u64 {
+        self.lookup.facts()
+    }
+
     /// Marks that anything may differ from now on.
     fn touch_everything(&mut self) {
         self.tables_index = self.index;
@@ -469,6 +479,8 @@ impl KnowledgeBase {
     /// Marks that what is said of a service may differ from now on.
     fn touch_service(&mut self, service: &ServiceName, touch: Touch) {
         self.tables_index = self.index;
+        // What runs of one takes room from the others.
+        self.lookup.touch_facts(self.index);
         self.lookup.touch_service(service, touch);
     }
 

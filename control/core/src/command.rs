@@ -171,6 +171,41 @@ pub enum Command {
 }
 
 impl Command {
+    /// Whether carrying it out may change what applications are placed by beside their goals (what runs of them aside):
+    /// who is there, and what it can take.
+    pub(crate) fn changes_facts(&self) -> bool {
+        match self {
+            Self::Apply(_)
+            | Self::Delete { .. }
+            | Self::Tick
+            | Self::RaiseLevel { .. }
+            // What is in these is looked at by itself.
+            | Self::Once(_)
+            | Self::Signed(_)
+            | Self::CreateToken { .. }
+            | Self::RevokeToken { .. }
+            | Self::RevokeCertificate { .. }
+            | Self::Invite { .. }
+            | Self::Withdraw { .. }
+            | Self::Join(_)
+            | Self::Renew(_)
+            | Self::NoteCertificate { .. } => false,
+            Self::InitMesh(_)
+            | Self::RegisterCluster { .. }
+            | Self::Report { .. }
+            | Self::Lost { .. }
+            | Self::ForgetCluster { .. }
+            | Self::DrainCluster { .. }
+            | Self::UndrainCluster { .. }
+            | Self::LeaveCluster { .. }
+            | Self::Bind(_)
+            | Self::StartMigration(_)
+            | Self::AdvanceMigration { .. }
+            | Self::Unbind { .. }
+            | Self::Restore(_) => true,
+        }
+    }
+
     /// What it does, in a few words: for the audit log.
     #[must_use]
     pub fn what(&self) -> String {

@@ -42,6 +42,8 @@ pub struct Index {
     /// The same for all clusters.
     everything: u64,
     all_tables: u64,
+    /// The entry that last changed what applications are placed by, but for goals.
+    facts: u64,
 }
 
 #[derive(Debug, Default)]
@@ -86,6 +88,7 @@ impl Default for Index {
             dirt: BTreeMap::new(),
             everything: 0,
             all_tables: 0,
+            facts: 0,
         }
     }
 }
@@ -117,6 +120,15 @@ impl Index {
 
     pub(crate) fn touch_everything(&mut self) {
         self.touched.everything = true;
+    }
+
+    /// What applications are placed by has changed at entry `index`.
+    pub(crate) fn touch_facts(&mut self, index: u64) {
+        self.facts = index;
+    }
+
+    pub(crate) fn facts(&self) -> u64 {
+        self.facts
     }
 
     pub(crate) fn touch_all_tables(&mut self) {

@@ -3,20 +3,26 @@
 //! Proposing again what is already in flight changes nothing: every command names the session, generation or
 //! epoch that was seen, and the Knowledge Base refuses it when that has passed.
 
-use std::ops::Bound;
-
 use crate::{
     base::{AppState, Binding, BindingState, KnowledgeBase, LAST},
     command::{Bind, Command, Reason, Refusal, StartMigration},
     goal::Writers,
     migration::{self, Event, State},
     name::{AppName, Name, Slot},
-    placement::{self, Answer, Held, Places, Task, Verdict, View},
+    placement::{self, Answer, Held, Task, Verdict, View},
     report::Phase,
 };
 
+use self::part::restless;
+pub use self::{
+    part::{Draft, Part},
+    tried::Tried,
+};
+
+mod part;
 #[cfg(test)]
 mod tests;
+mod tried;
 
 /// What the plan may do beside what the Knowledge Base says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,15 +62,12 @@ pub enum Failover {
 /// of its goals it may move at once.
 const COOL_DOWN_MS: u64 = 600_000;
 
-/// So many slots are enough for one part of a plan: about what one entry of the log holds.
-const PART: usize = 256;
-
 /// What to propose at `now_ms` (the proposer's time, as in [`crate::command::Batch`]).
 #[must_use]
 pub fn plan(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Command> {
     let now_ms = now_ms.max(kb.log_time_ms).min(LAST);
     let mut commands = follow_up(kb, inputs, now_ms);
-    let all = restless(kb, inputs, now_ms, (None, usize::MAX));
+    let all = restless((kb, inputs, now_ms), &Tried::default(), (None, usize::MAX));
     // No view while all applications are at rest, because it takes longer to make than to see that.
     if !all.wants.is_empty() {
         commands.extend(
@@ -82,115 +85,6 @@ pub fn follow_up(kb: &KnowledgeBase, inputs: &Inputs, now_ms: u64) -> Vec<Comman
     let mut commands = advance(kb, inputs, now_ms);
     commands.extend(end_drains(kb, now_ms));
     commands
-}
-
-/// Where the slots of some applications go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Part {
-    /// What to propose.
-    pub commands: Vec<Command>,
-    /// The first application that was not looked at.
-    pub next: Option<AppName>,
-}
-
-/// What is to be placed in one part of a plan, and all that is looked at for that: the Knowledge Base may go on meanwhile.
-/// To make it takes no longer than to look at every slot.
-#[derive(Debug)]
-pub struct Draft {
-    kb: KnowledgeBase,
-    places: Places,
-    inputs: Inputs,
-    now_ms: u64,
-    restless: Restless,
-}
-
-impl Draft {
-    /// Of application `from` and those after it, as many as make a part; nothing when they are at rest.
-    #[must_use]
-    pub fn of(
-        kb: &KnowledgeBase,
-        inputs: &Inputs,
-        now_ms: u64,
-        from: Option<&AppName>,
-    ) -> Option<Self> {
-        let now_ms = now_ms.max(kb.log_time_ms).min(LAST);
-        let restless = restless(kb, inputs, now_ms, (from, PART));
-        (!restless.wants.is_empty()).then(|| Self {
-            kb: kb.excerpt(restless.wants.iter().map(|(app, _)| app)),
-            places: Places::of(kb),
-            inputs: *inputs,
-            now_ms,
-            restless,
-        })
-    }
-
-    /// Places one application after the other, until it is enough; asked whenever one is placed.
-    #[must_use]
-    pub fn place(self, is_enough: impl FnMut() -> bool) -> Part {
-        let view = View::on_top_of(self.places, &self.kb, self.now_ms);
-        let kb = (&self.kb, &self.inputs);
-        self.restless.place(view, kb, is_enough)
-    }
-}
-
-/// Applications of which slots are to be placed or may move.
-#[derive(Debug)]
-struct Restless {
-    wants: Vec<(AppName, Wants)>,
-    /// The first that was not looked at.
-    next: Option<AppName>,
-}
-
-impl Restless {
-    fn place(
-        self,
-        mut view: View<'_>,
-        (kb, inputs): (&KnowledgeBase, &Inputs),
-        mut is_enough: impl FnMut() -> bool,
-    ) -> Part {
-        let mut commands = Vec::new();
-        let mut wants = self.wants.into_iter();
-        // One view for all of them, so that what one is given is not promised to the next.
-        for (app, wanted) in wants.by_ref() {
-            if let Some(state) = kb.applications.get(&app) {
-                let placed = place_application(&mut view, (kb, inputs), (&app, state), wanted);
-                commands.extend(placed);
-            }
-            if is_enough() {
-                break;
-            }
-        }
-        let left = wants.next().map(|(app, _)| app);
-        Part {
-            commands,
-            next: left.or(self.next),
-        }
-    }
-}
-
-/// Those of application `from` and after it, until they want as many slots as are enough.
-fn restless(
-    kb: &KnowledgeBase,
-    inputs: &Inputs,
-    now_ms: u64,
-    (from, enough): (Option<&AppName>, usize),
-) -> Restless {
-    let from = from.map_or(Bound::Unbounded, Bound::Included);
-    let mut applications = kb.applications.range((from, Bound::Unbounded));
-    let mut all = Vec::new();
-    let mut slots = 0;
-    while slots < enough {
-        let Some((app, state)) = applications.next() else {
-            break;
-        };
-        let wants = wants((kb, inputs, now_ms), (app, state));
-        if !wants.is_at_rest() {
-            slots += wants.len();
-            all.push((app.clone(), wants));
-        }
-    }
-    let next = applications.next().map(|(app, _)| app.clone());
-    Restless { wants: all, next }
 }
 
 /// What has happened to the running migrations.
@@ -263,7 +157,7 @@ fn stops_when_asked(kb: &KnowledgeBase, binding: &Binding) -> bool {
 }
 
 /// What an application's slots ask for.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wants {
     task: Task,
     /// Slots that run an old version.

@@ -17,7 +17,7 @@ use crate::{
     index::Changed,
     name::{Name, ServiceName, Slot},
     placement::{Held, View},
-    plan::{Draft, Inputs, follow_up, plan},
+    plan::{Draft, Inputs, Tried, follow_up, plan},
     report::{
         ClusterFacts, EndpointFact, InstanceId, InstanceReport, NodeReport, Phase, Report, Tier,
     },
@@ -146,6 +146,8 @@ pub(crate) struct World {
     pub(crate) acknowledge: bool,
     vips: BTreeMap<IpAddr, (ServiceName, u64)>,
     streams: Streams,
+    /// Never forgotten here: nothing but a change may find a place for what found none.
+    tried: Tried,
 }
 
 /// What is known by who looks only at what may have changed.
@@ -217,6 +219,7 @@ impl World {
             acknowledge: true,
             vips: BTreeMap::new(),
             streams: Streams::default(),
+            tried: Tried::for_ms(u64::MAX),
         };
         assert_eq!(world.one(Command::InitMesh(mesh())), Ok(Applied::Changed));
         world
@@ -370,13 +373,14 @@ impl World {
         commands
     }
 
-    /// What is planned now, from what a draft has copied.
-    fn drafted(&self) -> Vec<Command> {
+    /// What is planned now, from what a draft has copied, without what was tried already.
+    fn drafted(&mut self) -> Vec<Command> {
         let (kb, inputs, now_ms) = (&self.kb, &self.inputs, self.now_ms);
         let mut commands = follow_up(kb, inputs, now_ms);
-        if let Some(draft) = Draft::of(kb, inputs, now_ms, None) {
+        if let Some(draft) = Draft::of((kb, inputs, now_ms), &self.tried, None) {
             let part = draft.place(|| false);
             assert_eq!(part.next, None);
+            self.tried.extend(part.tried, now_ms);
             commands.extend(part.commands);
         }
         commands

@@ -9,13 +9,13 @@
 //! mesh takes longer than a lease, so it holds up nothing: it is done beside everything else, on a copy, and in parts.
 //! A plan that was refused as a whole waits for the next tick, so that the loop cannot spin.
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use control_core::{
     base::Mesh,
     command::Command,
     name::AppName,
-    plan::{self, Draft, Failover, Inputs, Part},
+    plan::{self, Draft, Failover, Inputs, Part, Tried},
 };
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
@@ -69,6 +69,7 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut alarm = Failover::Run;
     let mut begun: Option<Pass> = None;
+    let mut tried = Arc::new(Tried::default());
     loop {
         applied.mark_unchanged();
         let seen = lead.replica.applied();
@@ -81,10 +82,15 @@ pub(crate) async fn run(lead: Arc<Lead>, mesh: Option<Mesh>) {
         let is_open = lead.rooms.borrow().closed.is_none();
         let round = if lead.leads() && lead.has_majority() && is_open {
             let started = Instant::now();
-            let part = decide(&lead, mesh.as_ref(), &mut alarm, pass.next.take()).await;
+            let from = (&tried, pass.next.take());
+            let part = decide(&lead, mesh.as_ref(), &mut alarm, from).await;
             took = started.elapsed();
             match part {
-                Some(part) => carry_out(&lead, &mut pass, part).await,
+                Some(mut part) => {
+                    let later = mem::take(&mut part.tried);
+                    Arc::make_mut(&mut tried).extend(later, lead.clock.now_ms());
+                    carry_out(&lead, &mut pass, part).await
+                }
                 None => Round::Stuck,
             }
         } else {
@@ -111,7 +117,7 @@ async fn decide(
     lead: &Lead,
     mesh: Option<&Mesh>,
     alarm: &mut Failover,
-    from: Option<AppName>,
+    (tried, from): (&Arc<Tried>, Option<AppName>),
 ) -> Option<Part> {
     let term = lead.raft.metrics().borrow().current_term;
     let known = lead.replica.read(|base| {
@@ -121,7 +127,7 @@ async fn decide(
     let Some((lease_ms, ready)) = known else {
         return Some(Part {
             commands: mesh.cloned().map(Command::InitMesh).into_iter().collect(),
-            next: None,
+            ..Part::default()
         });
     };
     let lease = Duration::from_millis(lease_ms);
@@ -142,15 +148,23 @@ async fn decide(
         ..Inputs::default()
     };
     let (replica, now) = (lead.replica.clone(), lead.clock.now_ms());
-    let planned = lead.aside.work(move || part(&replica, &inputs, now, from));
+    let tried = Arc::clone(tried);
+    let planned = lead
+        .aside
+        .work(move || part(&replica, (&inputs, now), &tried, from));
     planned.await
 }
 
 /// The part of the plan that begins with application `from`.
-fn part(replica: &Replica, inputs: &Inputs, now_ms: u64, from: Option<AppName>) -> Part {
+fn part(
+    replica: &Replica,
+    (inputs, now_ms): (&Inputs, u64),
+    tried: &Tried,
+    from: Option<AppName>,
+) -> Part {
     // Who applies the log waits as long as it takes to look at everything, and not while it is placed.
     let (follow_up, draft) = replica.read(|base| {
-        let draft = Draft::of(base, inputs, now_ms, from.as_ref());
+        let draft = Draft::of((base, inputs, now_ms), tried, from.as_ref());
         (plan::follow_up(base, inputs, now_ms), draft)
     });
     let end = Instant::now() + PART;

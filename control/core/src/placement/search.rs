@@ -21,7 +21,7 @@ const GAIN_PERCENT: u64 = 10;
 const STARTS: usize = 16;
 
 /// What to place, and what may move.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Task {
     /// Slots that are to be bound.
     pub pending: BTreeSet<Slot>,

@@ -44,10 +44,11 @@ fn a_plan_in_parts_goes_on_behind_what_can_be_placed_nowhere() {
     }
     let mut counts = Vec::new();
     let mut next = None;
+    let tried = Tried::default();
     // What is in flight is planned once more, and changes nothing.
     while counts.len() < 4 {
         let (kb, inputs) = (&world.kb, &world.inputs);
-        let draft = Draft::of(kb, inputs, world.now_ms, next.as_ref());
+        let draft = Draft::of((kb, inputs, world.now_ms), &tried, next.as_ref());
         let part = draft.map(|draft| draft.place(|| true));
         let part = part.unwrap_or_default();
         let outcomes = world.entry(part.commands);
@@ -57,6 +58,48 @@ fn a_plan_in_parts_goes_on_behind_what_can_be_placed_nowhere() {
     }
     // The fourth begins anew: only what has no place is looked at again.
     assert_eq!((counts, next), (vec![4, 4, 3, 0], None));
+}
+
+/// What is placed now, and what is known of it afterwards.
+fn place(world: &World, now_ms: u64, tried: &mut Tried) -> Option<usize> {
+    let draft = Draft::of((&world.kb, &world.inputs, now_ms), tried, None)?;
+    let looked_at = draft.restless.wants.len();
+    tried.extend(draft.place(|| false).tried, now_ms);
+    Some(looked_at)
+}
+
+#[test]
+fn what_found_no_place_is_tried_again_when_it_or_what_is_there_has_changed_or_after_a_second() {
+    let mut world = World::new();
+    world.settle();
+    let nowhere = |app: &str, label: &str| {
+        let label = format!("labels: {{ {label}: where }}");
+        let goal = SHOP.replace("tier: [edge]", &label);
+        goal.replace("tier: [cloud]", &label)
+            .replace("name: shop", &format!("name: {app}"))
+    };
+    for app in ["one", "two"] {
+        world.apply(&nowhere(app, "no")).unwrap();
+    }
+    world.settle();
+    let mut tried = Tried::default();
+    let now_ms = world.kb.log_time_ms;
+    let mut counts = vec![place(&world, now_ms, &mut tried)];
+    counts.push(place(&world, now_ms, &mut tried));
+    // Another goal of one of them.
+    world.apply(&nowhere("two", "any")).unwrap();
+    counts.push(place(&world, now_ms, &mut tried));
+    counts.push(place(&world, now_ms + 999, &mut tried));
+    // A second after it, and after the other's.
+    counts.push(place(&world, now_ms + 1_000, &mut tried));
+    counts.push(place(&world, now_ms + 1_000, &mut tried));
+    // A report.
+    let facts = world.kb.facts_index();
+    world.step();
+    assert!(world.kb.facts_index() > facts);
+    counts.push(place(&world, now_ms + 1_000, &mut tried));
+    let want = [Some(2), None, Some(1), None, Some(2), None, Some(2)];
+    assert_eq!(counts, want);
 }
 
 #[test]
@@ -96,7 +139,7 @@ fn a_part_of_a_plan_is_as_large_as_an_entry() {
         world.apply(&goal).unwrap();
     }
     let (kb, inputs) = (&world.kb, &world.inputs);
-    let draft = Draft::of(kb, inputs, world.now_ms, None).unwrap();
+    let draft = Draft::of((kb, inputs, world.now_ms), &Tried::default(), None).unwrap();
     let wanted: Vec<_> = draft
         .restless
         .wants
