@@ -222,8 +222,23 @@ enum Probe {
     Echo,
 }
 
+/// How often a probe is sent before its hop counts as silent, as by traceroute: a datagram may be lost, above all where
+/// other tests fill the queues of the same CPUs.
+const PROBES: u32 = 3;
+
 /// Who answers a packet of so many hops: a router on the way, or `None` for the destination itself.
 fn hop(netns: &Netns, to: IpAddr, probe: Probe, hops: u8) -> Option<IpAddr> {
+    let mut result = Err(nix::Error::EAGAIN);
+    for _ in 0..PROBES {
+        result = answer(netns, to, probe, hops);
+        if result != Err(nix::Error::EAGAIN) {
+            break;
+        }
+    }
+    result.unwrap_or_else(|error| panic!("{probe:?} to {to} with {hops} hops: {error}"))
+}
+
+fn answer(netns: &Netns, to: IpAddr, probe: Probe, hops: u8) -> nix::Result<Option<IpAddr>> {
     let socket = probe_socket(netns, to, probe, hops);
     let port = match probe {
         Probe::Udp => DNS,
@@ -240,9 +255,9 @@ fn hop(netns: &Netns, to: IpAddr, probe: Probe, hops: u8) -> Option<IpAddr> {
         }
     });
     match result {
-        Ok(_) => None,
-        Err(nix::Error::EHOSTUNREACH) => Some(offender(&socket)),
-        Err(error) => panic!("{probe:?} to {to} with {hops} hops: {error}"),
+        Ok(_) => Ok(None),
+        Err(nix::Error::EHOSTUNREACH) => Ok(Some(offender(&socket))),
+        Err(error) => Err(error),
     }
 }
 
