@@ -12,6 +12,7 @@ mod daemon;
 mod flows;
 mod leads;
 mod node_door;
+mod quota;
 mod security;
 mod show;
 mod trace;
@@ -48,6 +49,9 @@ enum Command {
     /// Tokens for the control API.
     #[command(subcommand)]
     Token(security::Token),
+    /// Bounds what the goals of a namespace ask for.
+    #[command(subcommand)]
+    Quota(quota::Quota),
     /// Shows who changed what.
     Audit(security::Audit),
     /// Runs a lead, or changes who the leads are.
@@ -110,6 +114,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Authority(step) => step.run(),
         Command::Certificate(certificates) => certificates.run(),
         Command::Token(token) => token.run(),
+        Command::Quota(quota) => quota.run(),
         Command::Audit(audit) => audit.run(),
         Command::Lead(lead) => lead.run(),
         Command::Cluster(cluster) => cluster.run(),
@@ -155,6 +160,8 @@ mod tests {
             ("lead drain NAME", "d"),
             ("token create NAME --access viewer --out f", "ci"),
             ("token revoke NAME", "ci"),
+            ("quota set NAME --instances 1", "shop"),
+            ("quota remove NAME", "shop"),
             ("delete NAME", "default/shop"),
             ("explain NAME", "default/shop/front"),
             ("migrate NAME --to edge", "default/shop/front/0"),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{Table, presets};
 use control_api::http::{
     Application, ApplyResponse, ApplyResult, AuditEntry, Binding, Cluster, Explained, Lead,
-    LeadAdded, LeadDisk, List, Migration, Node, Revocation, Service, Status, Token,
+    LeadAdded, LeadDisk, List, Migration, Node, Quota, Revocation, Service, Status, Token,
 };
 use control_core::goal::Bytes;
 use control_core::placement::{Decision, Lost, Parts, Verdict};
@@ -119,6 +119,40 @@ impl Rows for Token {
             moment(self.expires_ms),
         ]
     }
+}
+
+impl Rows for Quota {
+    const HEADER: &'static [&'static str] = &[
+        "NAMESPACE",
+        "APPLICATIONS",
+        "INSTANCES",
+        "CPU",
+        "MEMORY",
+        "GPUS",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        let Self {
+            namespace,
+            most,
+            used,
+        } = self;
+        let count = |used, most: Option<u64>| of(used, most.map(|most| most.to_string()));
+        let counted = |used: Option<u64>| used.map(|used| used.to_string());
+        vec![
+            namespace.clone(),
+            count(counted(used.applications), most.applications),
+            count(counted(used.instances), most.instances),
+            of(used.cpu.clone(), most.cpu.clone()),
+            of(used.memory.clone(), most.memory.clone()),
+            count(counted(used.gpus), most.gpus),
+        ]
+    }
+}
+
+/// So much of so much; a dash where there is no bound.
+fn of(used: Option<String>, most: Option<String>) -> String {
+    format!("{} of {}", or_dash(used), or_dash(most))
 }
 
 impl Rows for Revocation {

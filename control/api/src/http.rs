@@ -14,6 +14,7 @@
 //!  DELETE /v1/leads/{name}                           -> Changed
 //!  POST   /v1/leads/{name}/drain                     -> Drained; also /v1/leads/drain, whoever leads
 //!  GET    /v1/tokens -> List<Token>                  POST TokenRequest, DELETE /v1/tokens/{name} -> Changed
+//!  GET    /v1/quotas -> List<Quota>                  POST Amounts, DELETE /v1/quotas/{namespace} -> Changed
 //!  GET    /v1/revocations -> List<Revocation>        POST RevocationRequest -> Changed
 //!  GET    /v1/audit[?limit=100] -> List<AuditEntry>
 //! ```
@@ -528,6 +529,38 @@ pub struct TokenRequest {
     pub access: String,
     /// How long it lasts, days.
     pub days: u64,
+}
+
+/// What the goals of a namespace may ask for together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Quota {
+    /// The namespace.
+    pub namespace: String,
+    /// The most that they may ask for.
+    pub most: Amounts,
+    /// What they ask for now.
+    pub used: Amounts,
+}
+
+/// What goals ask for together; of a quota, what is not named is not bounded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Amounts {
+    /// Applications.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub applications: Option<u64>,
+    /// Replicas of all services.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instances: Option<u64>,
+    /// Processing power that all replicas request: `2`, `500m`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
+    /// Memory that all replicas request: `512Mi`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// GPUs that all replicas request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<u64>,
 }
 
 /// Certificates that count no more.

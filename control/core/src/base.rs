@@ -25,6 +25,7 @@ use crate::{
     name::{AppName, Name, ServiceName, Slot},
     once::{KEY_LIMIT, Memory, Once},
     placement::Decision,
+    quota::Quota,
     report::{ClusterFacts, EndpointFact, InstanceId, NodeReport, Phase},
     security::Security,
     table::Revision,
@@ -88,6 +89,9 @@ pub struct KnowledgeBase {
     /// Tokens, revocations, and who changed what.
     #[serde(default)]
     pub security: Security,
+    /// How much the goals of a namespace may ask for.
+    #[serde(default)]
+    pub quotas: BTreeMap<Name, Quota>,
     /// What would have to be searched for; it follows from the rest.
     #[serde(skip)]
     pub lookup: Index,
@@ -367,6 +371,8 @@ impl KnowledgeBase {
                 self.note_certificate(cluster, *ends_ms)
             }
             Command::LeaveCluster { cluster } => self.leave_cluster(cluster),
+            Command::SetQuota { namespace, quota } => self.set_quota(namespace, quota),
+            Command::RemoveQuota { namespace } => self.remove_quota(namespace),
         }
     }
 
@@ -407,6 +413,7 @@ impl KnowledgeBase {
             adopt_until_ms: self.adopt_until_ms,
             memory: Memory::default(),
             security: self.security.sketch(),
+            quotas: self.quotas.clone(),
             lookup: Index::default(),
         }
     }

@@ -13,6 +13,7 @@ use crate::{
     name::{AppName, Name, ServiceName, Slot},
     once::Once,
     placement::Decision,
+    quota::Quota,
     report::{ClusterFacts, Report},
     security::Signed,
 };
@@ -168,6 +169,18 @@ pub enum Command {
         /// The cluster.
         cluster: Name,
     },
+    /// The goals of a namespace may ask for so much together; takes the place of its quota.
+    SetQuota {
+        /// The namespace.
+        namespace: Name,
+        /// How much.
+        quota: Quota,
+    },
+    /// The goals of a namespace may ask for anything.
+    RemoveQuota {
+        /// The namespace.
+        namespace: Name,
+    },
 }
 
 impl Command {
@@ -189,7 +202,9 @@ impl Command {
             | Self::Withdraw { .. }
             | Self::Join(_)
             | Self::Renew(_)
-            | Self::NoteCertificate { .. } => false,
+            | Self::NoteCertificate { .. }
+            | Self::SetQuota { .. }
+            | Self::RemoveQuota { .. } => false,
             Self::InitMesh(_)
             | Self::RegisterCluster { .. }
             | Self::Report { .. }
@@ -231,6 +246,10 @@ impl Command {
             Self::Join(join) => format!("issue a certificate to cluster {}", join.cluster),
             Self::Renew(renewal) => format!("renew the certificate of cluster {}", renewal.cluster),
             Self::LeaveCluster { cluster } => format!("let cluster {cluster} leave"),
+            Self::SetQuota { namespace, quota } => {
+                format!("set the quota of namespace {namespace} to {quota}")
+            }
+            Self::RemoveQuota { namespace } => format!("remove the quota of namespace {namespace}"),
             Self::Once(once) => once.command.what(),
             Self::Signed(signed) => signed.what.clone(),
             other => {
@@ -251,7 +270,8 @@ impl Command {
 /// | 2 | `Signed`, `CreateToken`, `RevokeToken`, `RevokeCertificate` |
 /// | 3 | `DrainCluster`, `UndrainCluster`, `ForgetCluster` that abandons |
 /// | 4 | `Invite`, `Withdraw`, `Join`, `Renew`, `NoteCertificate`, `LeaveCluster` |
-pub const LEVEL: u32 = 4;
+/// | 5 | `SetQuota`, `RemoveQuota` |
+pub const LEVEL: u32 = 5;
 
 /// The decision that a slot runs in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -493,6 +513,17 @@ pub enum Refusal {
         what: String,
         /// How many there are.
         size: u64,
+    },
+    /// An application asks for more than its namespace may.
+    #[error(
+        "namespace {namespace} has a quota: {}; ask for less, delete what is not needed, or have an admin raise it: weft quota set {namespace}",
+        problems.join("; ")
+    )]
+    OverQuota {
+        /// The namespace.
+        namespace: Name,
+        /// Each amount that is too much, with its numbers.
+        problems: Box<[String]>,
     },
     /// The specification breaks a rule that the goal file's parser checks.
     #[error("{path}: {problem}")]

@@ -22,6 +22,7 @@ pub mod name;
 pub mod once;
 pub mod placement;
 pub mod plan;
+pub mod quota;
 pub mod report;
 pub mod security;
 pub mod table;

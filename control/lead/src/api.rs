@@ -3,6 +3,7 @@
 mod backup;
 mod clusters;
 mod leads;
+mod quotas;
 mod security;
 mod show;
 
@@ -136,6 +137,9 @@ fn all() -> Routes {
         .get("/v1/tokens", security::tokens)
         .post("/v1/tokens", security::create_token)
         .delete("/v1/tokens/{name}", security::revoke_token)
+        .get("/v1/quotas", quotas::list_all)
+        .post("/v1/quotas/{namespace}", quotas::set)
+        .delete("/v1/quotas/{namespace}", quotas::remove)
         .get("/v1/revocations", security::revocations)
         .post("/v1/revocations", security::revoke)
         .get("/v1/audit", security::audit)
@@ -192,6 +196,9 @@ pub(crate) fn listed() -> Vec<(String, &'static str)> {
         security::tokens,
         security::create_token,
         security::revoke_token,
+        quotas::list_all,
+        quotas::set,
+        quotas::remove,
         security::revocations,
         security::revoke,
         security::audit

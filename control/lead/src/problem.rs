@@ -178,6 +178,7 @@ impl From<command::Refusal> for Refusal {
             | Why::UnknownService(_)
             | Why::UnknownSlot { .. } => StatusCode::NOT_FOUND,
             Why::NoMesh => StatusCode::SERVICE_UNAVAILABLE,
+            Why::OverQuota { .. } => StatusCode::FORBIDDEN,
             Why::Invalid { .. } | Why::Vip { .. } | Why::OtherBackup(_) => StatusCode::BAD_REQUEST,
             _ => StatusCode::CONFLICT,
         };

@@ -15,6 +15,7 @@ use crate::{
     command::{Applied, Outcome, Refusal},
     index::Touch,
     name::{Name, Slot},
+    quota,
     report::{InstanceReport, Phase},
 };
 
@@ -45,6 +46,10 @@ impl KnowledgeBase {
         new.next_epoch = self.next_epoch.max(backup.next_epoch.min(LAST));
         new.level = self.level;
         new.memory = std::mem::take(&mut self.memory);
+        // A lead of an older version reads none.
+        if self.level < quota::LEVEL {
+            new.quotas.clear();
+        }
         new.security = std::mem::take(&mut self.security).after(&backup.security);
         let incarnation = |kb: &Self| kb.mesh.as_ref().map_or(0, |mesh| mesh.incarnation);
         let (now, then) = (incarnation(self), incarnation(backup));

@@ -23,6 +23,7 @@ impl KnowledgeBase {
     /// What [`Command::Apply`](crate::command::Command::Apply) would be refused for.
     pub fn check_application(&self, spec: &Application) -> Result<(), Refusal> {
         spec.check()?;
+        self.check_quota(spec)?;
         self.numbered_all(spec).map(|_| ())
     }
 
@@ -32,6 +33,7 @@ impl KnowledgeBase {
         if known.is_some_and(|known| known.spec == *spec) {
             return Ok(Applied::Unchanged);
         }
+        self.check_quota(spec)?;
         let generation = known.map_or(1, |known| known.generation.saturating_add(1));
         let (numbers, services) = self.numbered_all(spec)?;
         let gone: Vec<ServiceName> = known

@@ -58,7 +58,8 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/migrations"
             | "/v1/explain/{namespace}/{application}/{service}"
             | "/v1/status"
-            | "/v1/leads",
+            | "/v1/leads"
+            | "/v1/quotas",
         ) => Some(Takes::Reading),
         ("POST", "/v1/applications" | "/v1/migrations") => Some(Takes::DeployingByBody),
         ("DELETE", "/v1/applications/{namespace}/{name}") => Some(Takes::Deploying),
@@ -73,6 +74,7 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/clusters/{name}/invitation"
             | "/v1/clusters/{name}/leave"
             | "/v1/tokens"
+            | "/v1/quotas/{namespace}"
             | "/v1/revocations",
         )
         | (
@@ -81,7 +83,8 @@ fn takes(method: &Method, route: &str) -> Option<Takes> {
             | "/v1/clusters/{name}"
             | "/v1/clusters/{name}/drain"
             | "/v1/clusters/{name}/invitation"
-            | "/v1/tokens/{name}",
+            | "/v1/tokens/{name}"
+            | "/v1/quotas/{namespace}",
         ) => Some(Takes::Administration),
         _ => None,
     }
@@ -193,6 +196,9 @@ mod tests {
         ("POST", "/v1/clusters/{name}/invitation", ADMINS),
         ("DELETE", "/v1/clusters/{name}/invitation", ADMINS),
         ("POST", "/v1/clusters/{name}/leave", ADMINS),
+        ("GET", "/v1/quotas", EVERYBODY),
+        ("POST", "/v1/quotas/{namespace}", ADMINS),
+        ("DELETE", "/v1/quotas/{namespace}", ADMINS),
         ("GET", "/v1/nodes", EVERYBODY),
         ("GET", "/v1/migrations", EVERYBODY),
         ("POST", "/v1/migrations", DEPLOYERS),
