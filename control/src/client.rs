@@ -156,7 +156,7 @@ impl Leads {
         for lead in &self.leads {
             match one(*lead, proof, ask).await {
                 Ok((status, body)) if status.is_success() => return Ok(body),
-                Ok((StatusCode::SERVICE_UNAVAILABLE, body)) => {
+                Ok((StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS, body)) => {
                     write!(failures, "\n  lead {lead}: {}", problem(&body))?;
                 }
                 // A lead that failed to answer before may have done it.

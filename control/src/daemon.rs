@@ -1,6 +1,6 @@
 //! `weft lead`, and what daemons need.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use anyhow::{Context, anyhow, ensure};
 use clap::Args;
@@ -10,7 +10,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
-use weft_lead::{Options, Timers};
+use weft_lead::{Options, REQUESTS, Timers};
 
 /// Threads of a daemon: enough that one may wait for the disk; more would only cost memory.
 const THREADS: usize = 2;
@@ -58,6 +58,9 @@ pub(crate) struct Daemon {
     /// refused. 256Mi, or a twentieth of a smaller disk, when it is left out.
     #[arg(long, value_name = "SIZE")]
     disk_reserve: Option<Bytes>,
+    /// How many requests a user, a token or an agent may make in a second, at this lead; twice as many at once.
+    #[arg(long, value_name = "COUNT", default_value_t = REQUESTS)]
+    requests_per_second: NonZeroU32,
 }
 
 impl Daemon {
@@ -81,6 +84,7 @@ impl Daemon {
                 lease_ms: millis(self.election),
             },
             reserve: self.disk_reserve.map(Bytes::get),
+            requests_per_second: self.requests_per_second,
         };
         runtime()?.block_on(async {
             let shutdown = CancellationToken::new();

@@ -35,7 +35,10 @@ use control_core::{
 use utoipa::OpenApi;
 
 use crate::{
-    door::caller::{Asking, Route, guard},
+    door::{
+        caller::{Asking, Route, guard},
+        limits,
+    },
     lead::{AskError, Lead},
     once::{self, Key, Request},
     problem::Refusal,
@@ -152,6 +155,7 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         .router
         .method_not_allowed_fallback(no_method)
         .fallback(no_path)
+        .layer(from_fn(limits::deadline))
         .with_state(lead)
 }
 

@@ -14,6 +14,7 @@
 mod begun;
 pub(crate) mod caller;
 pub(crate) mod joins;
+pub(crate) mod limits;
 mod peers;
 mod roles;
 pub(crate) mod tokens;
@@ -46,7 +47,7 @@ use tokio::{
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{begun::Begun, caller::Caller, joins::Joins};
+use self::{begun::Begun, caller::Caller, joins::Joins, limits::Limits};
 use crate::{agents::AgentDoor, api, joins::Renewals, lead::Lead, problem::Refusal};
 
 /// The other end of a connection.
@@ -55,6 +56,8 @@ pub(crate) struct Peer(pub(crate) SocketAddr);
 
 /// The limit of one TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How many requests a connection carries at once.
+const STREAMS: u32 = 256;
 /// How often a silent connection is probed, and how long it may not answer.
 const PROBE: Duration = Duration::from_secs(5);
 /// How long to wait when the system gives no more connections.
@@ -77,6 +80,8 @@ pub(crate) struct Door {
     pub(crate) joins: Option<Joins>,
     /// How many connections there are at once; who comes then waits.
     pub(crate) connections: usize,
+    /// What one caller may take of it.
+    pub(crate) limits: Arc<Limits>,
 }
 
 /// TLS as the door speaks it.
@@ -112,6 +117,11 @@ async fn admit(mut request: Request, next: Next) -> Response {
         .extensions()
         .get::<Identity>()
         .expect("every connection has one");
+    let limits = request.extensions().get::<Arc<Limits>>();
+    if let Some(Err(refusal)) = limits.map(|limits| limits.ask_as(identity)) {
+        tracing::debug!(%identity, path = request.uri().path(), "refused: too many requests");
+        return refusal.answer();
+    }
     if let Err(expected) = roles::admit(&identity.role, request.uri().path()) {
         tracing::warn!(%identity, path = request.uri().path(), takes = expected, "refused");
         return Refusal::role(identity, expected).answer();
@@ -131,6 +141,7 @@ impl Door {
             revoked: self.revoked,
             routes: self.routes,
             joins: self.joins,
+            limits: self.limits,
         });
         let room = Arc::new(Semaphore::new(self.connections));
         loop {
@@ -180,6 +191,7 @@ struct Behind {
     revoked: Option<RevokedList>,
     routes: Router,
     joins: Option<Joins>,
+    limits: Arc<Limits>,
 }
 
 impl Behind {
@@ -194,15 +206,23 @@ impl Behind {
             return joins.serve(stream, peer).await;
         }
         let Some(revoked) = self.revoked.clone() else {
-            let routes = self.routes.clone().layer(axum::Extension(Peer(peer)));
+            let routes = self.routes.clone();
+            let routes = routes
+                .layer(axum::Extension(Peer(peer)))
+                .layer(axum::Extension(self.limits.clone()));
             return speak(stream, peer, routes).await;
         };
         let shown = match Shown::of_peer(stream.get_ref().1) {
             Ok(shown) => Arc::new(shown),
             Err(error) => return tracing::warn!(%peer, %error, "refused"),
         };
+        let identity = &shown.identity;
+        let Some(_place) = self.limits.connect(identity) else {
+            return tracing::warn!(%peer, %identity, "refused: it has too many connections");
+        };
         let routes = self.routes.clone();
         let routes = routes
+            .layer(axum::Extension(self.limits.clone()))
             .layer(axum::Extension(shown.identity.clone()))
             .layer(axum::Extension(shown.clone()));
         speak(Guarded::new(stream, shown, revoked), peer, routes).await;
@@ -229,6 +249,7 @@ where
     builder
         .http2()
         .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
         .keep_alive_interval(PROBE)
         .keep_alive_timeout(PROBE);
     builder.http1().timer(TokioTimer::new());

@@ -38,7 +38,10 @@ mod running;
 mod tables;
 mod world;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap, net::SocketAddr, num::NonZeroU32, path::PathBuf, sync::Arc,
+    time::Duration,
+};
 
 use control_core::base::Mesh;
 use netmanager_api::identity::{Credentials, IdentityError, Role};
@@ -48,10 +51,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     authority::{AuthorityError, MeshFile},
     dial::Connections,
-    door::{Door, joins::Joins},
+    door::{Door, joins::Joins, limits::Limits},
     world::Folder,
 };
 pub use crate::{
+    door::limits::REQUESTS,
     raft::{
         Compaction, DiskError, Full, Join, RecoverError, Recovery, StartError, Survivor, Timers,
     },
@@ -87,6 +91,8 @@ pub struct Options {
     pub timers: Timers,
     /// Bytes of its disk that are not for changes; `None`: 256 MiB, or a twentieth of a smaller one.
     pub reserve: Option<u64>,
+    /// How many requests a user, a token or an agent may make in a second, here.
+    pub requests_per_second: NonZeroU32,
 }
 
 /// Why a lead did not start.
@@ -251,6 +257,7 @@ pub async fn serve(
     let end = shutdown.clone();
     let following = async move { end.run_until_cancelled(following).await };
     running.tasks.spawn(following);
+    let limits = Arc::new(Limits::new(options.requests_per_second));
     let door = Door {
         listener: listeners.door,
         tls,
@@ -258,6 +265,7 @@ pub async fn serve(
         routes: running.routes(),
         joins: Some(Joins::new(tls_for_joins, running.join_routes())),
         connections,
+        limits: limits.clone(),
     };
     running.tasks.spawn(door.serve(shutdown.clone()));
     if let Some(listener) = listeners.tokens {
@@ -268,6 +276,7 @@ pub async fn serve(
             routes: running.token_routes(),
             joins: None,
             connections: door::CONNECTIONS_BY_TOKEN,
+            limits,
         };
         running.tasks.spawn(door.serve(shutdown));
     }

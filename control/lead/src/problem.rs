@@ -1,8 +1,10 @@
 //! How a refusal reaches a user: a status and a [`Problem`].
 
+use std::time::Duration;
+
 use axum::{
     Json,
-    http::StatusCode,
+    http::{StatusCode, header::RETRY_AFTER},
     response::{IntoResponse, Response},
 };
 use control_api::http::Problem;
@@ -24,6 +26,8 @@ use crate::{
 pub(crate) struct Refusal {
     status: StatusCode,
     problem: Box<Problem>,
+    /// How long to wait before it is asked again.
+    wait: Option<Duration>,
 }
 
 impl Refusal {
@@ -34,6 +38,7 @@ impl Refusal {
                 error: error.to_string(),
                 ..Problem::default()
             }),
+            wait: None,
         }
     }
 
@@ -111,9 +116,32 @@ impl Refusal {
         Some(first)
     }
 
+    /// A caller asks too often.
+    pub(crate) fn too_many(caller: &str, wait: Duration) -> Self {
+        let error = format!("{caller} asks too often: not again before {wait:.1?} have passed");
+        let hint = "ask less often, or of several leads; the operator sets the rate with weft lead --requests-per-second";
+        Self {
+            wait: Some(wait),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, error).hint(hint)
+        }
+    }
+
+    /// A request takes too long.
+    pub(crate) fn late(limit: Duration) -> Self {
+        let error = format!("the request took longer than {limit:?}");
+        Self::new(StatusCode::REQUEST_TIMEOUT, error)
+            .hint("send it at once; a change may have been made all the same: look before it is asked again")
+    }
+
     /// The refusal as an answer.
     pub(crate) fn answer(self) -> Response {
-        (self.status, Json(self.problem)).into_response()
+        let mut answer = (self.status, Json(self.problem)).into_response();
+        if let Some(wait) = self.wait {
+            // In whole seconds (RFC 9110, 10.2.3).
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            answer.headers_mut().insert(RETRY_AFTER, seconds.into());
+        }
+        answer
     }
 }
 

@@ -20,7 +20,7 @@ use axum::{
 use control_core::name::Name;
 use netmanager_api::identity::fingerprint;
 
-use super::{Peer, caller::Caller};
+use super::{Peer, caller::Caller, limits::Limits};
 use crate::{api, lead::Lead, problem::Refusal};
 
 /// The control API, for who shows a token.
@@ -36,12 +36,20 @@ async fn admit(
 ) -> Response {
     let shown = bearer(request.headers());
     let name = shown.map(|(name, _)| name).unwrap_or_default();
+    let limits = request.extensions().get::<Arc<Limits>>().cloned();
     match caller(&lead, shown) {
         Ok(caller) => {
+            if let Some(Err(refusal)) = limits.map(|limits| limits.ask(&caller.name)) {
+                tracing::debug!(%caller, "refused: too many requests");
+                return refusal.into_response();
+            }
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(why) => {
+            if let Some(Err(refusal)) = limits.map(|limits| limits.mistake(peer.ip())) {
+                return refusal.into_response();
+            }
             let path = request.uri().path();
             tracing::warn!(%peer, token = ?name, path, why, "refused");
             Refusal::token(why).into_response()

@@ -7,6 +7,7 @@ mod clusters;
 mod disk;
 mod doors;
 mod joins;
+mod limits;
 mod log;
 mod members;
 mod mesh;

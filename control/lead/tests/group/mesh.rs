@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    num::NonZeroU32,
     path::Path,
     time::{Duration, Instant},
 };
@@ -16,7 +17,7 @@ use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use weft_lead::{
-    LeadError, Listeners, Options, Recovery, Survivor, Timers,
+    LeadError, Listeners, Options, REQUESTS, Recovery, Survivor, Timers,
     authority::{self, Wish},
     dial::{DialError, dial, exchange},
 };
@@ -64,6 +65,8 @@ pub(crate) struct TestMesh {
     running: BTreeMap<String, Running>,
     /// What leads that are started from now on keep of their disks, bytes.
     pub(crate) reserve: Option<u64>,
+    /// How often somebody may ask, in a second, leads that are started from now on.
+    pub(crate) requests_per_second: NonZeroU32,
 }
 
 impl TestMesh {
@@ -132,6 +135,7 @@ impl TestMesh {
             joining: BTreeSet::new(),
             running: BTreeMap::new(),
             reserve: None,
+            requests_per_second: REQUESTS,
         };
         for (name, listener) in listeners {
             if running.contains(&name.as_str()) {
@@ -199,6 +203,7 @@ impl TestMesh {
             lease: Duration::from_secs(2),
             timers: Timers::default(),
             reserve: self.reserve,
+            requests_per_second: self.requests_per_second,
         };
         let tokens = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         tokens.set_nonblocking(true).unwrap();
