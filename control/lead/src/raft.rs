@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode, size};
 pub(crate) use self::disk::Fullness;
+pub(crate) use self::disk::header::examine;
 pub use self::disk::{DiskError, Full};
 pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;

@@ -12,6 +12,7 @@
 
 use std::{
     fmt,
+    fs::{self, File},
     future::Future,
     io,
     net::SocketAddr,
@@ -23,10 +24,14 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
-use redb::{Builder, Database};
+use redb::{Builder, Database, backends::FileBackend};
 use tokio::sync::oneshot;
 
-use crate::{dial::DialError, raft::DiskError, room::Space};
+use crate::{
+    dial::DialError,
+    raft::{DiskError, examine},
+    room::Space,
+};
 
 /// A boxed future.
 pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -167,6 +172,9 @@ pub struct World {
     pub aside: Aside,
 }
 
+/// The database's name.
+pub(crate) const FILE: &str = "lead.redb";
+
 /// A folder of the machine's, with the database `lead.redb`.
 #[derive(Clone, Debug)]
 pub(crate) struct Folder(pub(crate) PathBuf);
@@ -177,10 +185,39 @@ impl fmt::Display for Folder {
     }
 }
 
+/// Makes an empty database, or none: what has its name was whole once.
+fn make(dir: &Path, builder: &Builder) -> Result<(), DiskError> {
+    let early = dir.join(format!("{FILE}.new"));
+    let made = || {
+        if early.exists() {
+            fs::remove_file(&early)?;
+        }
+        Ok(early.clone())
+    };
+    let early = made().map_err(DiskError::Folder)?;
+    drop(builder.create(&early)?);
+    let named = fs::rename(early, dir.join(FILE)).and_then(|()| File::open(dir)?.sync_all());
+    named.map_err(DiskError::Folder)
+}
+
 impl Storage for Folder {
     fn open(&self, builder: &Builder) -> Result<Database, DiskError> {
-        std::fs::create_dir_all(&self.0).map_err(DiskError::Folder)?;
-        Ok(builder.create(self.0.join("lead.redb"))?)
+        fs::create_dir_all(&self.0).map_err(DiskError::Folder)?;
+        let path = self.0.join(FILE);
+        if !path.exists() {
+            make(&self.0, builder)?;
+        }
+        let open = || {
+            let file = File::options().read(true).write(true).open(path)?;
+            // Where another process has it, redb says so.
+            let looked_at = file.try_lock().is_ok().then(|| file.try_clone());
+            Ok((looked_at.transpose()?, file))
+        };
+        let (looked_at, file) = open().map_err(redb::StorageError::Io)?;
+        if let Some(file) = looked_at {
+            examine(Arc::new(FileBackend::new(file)?), builder)?;
+        }
+        Ok(builder.create_with_backend(FileBackend::new(file)?)?)
     }
 
     fn run(&self, work: Box<dyn FnOnce() + Send>) -> Boxed<'static, ()> {

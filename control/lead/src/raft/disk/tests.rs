@@ -10,6 +10,8 @@ use redb::{StorageBackend, backends::InMemoryBackend};
 use super::*;
 use crate::{room::Space, world::Boxed};
 
+mod damage;
+
 /// A disk that a test fills.
 #[derive(Clone, Debug, Default)]
 struct Filling {
@@ -50,6 +52,7 @@ impl StorageBackend for Filling {
 
 impl Storage for Filling {
     fn open(&self, builder: &Builder) -> Result<Database, DiskError> {
+        header::examine(Arc::new(self.clone()), builder)?;
         Ok(builder.create_with_backend(self.clone())?)
     }
 
