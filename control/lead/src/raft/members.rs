@@ -170,9 +170,9 @@ impl Roll {
         if self.configs.len() > 1 {
             return Some(Step::Settle(voters.clone()));
         }
-        let retired = voters.iter().find_map(|id| self.nodes.get(id)?.replaces);
-        let retired = retired.filter(|old| self.nodes.contains_key(old));
-        if let Some(old) = retired {
+        // Whoever took a place that is long free still says so.
+        let mut replaced = voters.iter().filter_map(|id| self.nodes.get(id)?.replaces);
+        if let Some(old) = replaced.find(|old| self.nodes.contains_key(old)) {
             let rest: BTreeSet<u64> = voters.iter().copied().filter(|id| *id != old).collect();
             return match old == own {
                 _ if !has_majority(&rest, alive) => None,
@@ -353,6 +353,18 @@ mod tests {
         assert_eq!(roll.next_step(1, &set(&[1])), None);
         roll.nodes.remove(&3);
         roll.configs = vec![set(&[1, 2, 70])];
+        assert_eq!(roll.next_step(1, &alive), None);
+        assert!(!roll.is_moving());
+    }
+
+    #[test]
+    fn who_took_a_place_is_replaced_in_its_turn() {
+        let mut roll = roll(&[1, 2], &[(70, Some(3)), (80, Some(70))]);
+        roll.configs = vec![set(&[1, 2, 70, 80])];
+        let alive = set(&[1, 2, 80]);
+        assert_eq!(roll.next_step(1, &alive), Some(Step::Retire(70)));
+        roll.configs = vec![set(&[1, 2, 80])];
+        roll.nodes.remove(&70);
         assert_eq!(roll.next_step(1, &alive), None);
         assert!(!roll.is_moving());
     }
