@@ -1,6 +1,6 @@
 //! The `weft` command: its daemons, and the CLI on the control API.
 //!
-//! Exit codes: 0 done, 1 it did not work, 2 wrong use. Logs go to standard error, answers to standard output.
+//! Exit codes: 0 done, 1 it did not work, 2 wrong use, 65 a lead cannot use its data any more. Logs go to standard error, answers to standard output.
 #![forbid(unsafe_code)]
 
 mod agent;
@@ -18,11 +18,12 @@ mod show;
 mod trace;
 mod user;
 
-use std::io::IsTerminal;
+use std::{io::IsTerminal, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use weft_lab::LabCommand;
+use weft_lead::LeadError;
 
 /// Gives every microservice an address that says how it wants to be reached, and decides where they run.
 #[derive(Debug, Parser)]
@@ -100,6 +101,18 @@ pub fn start_tracing(cli: &Cli) {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
+}
+
+/// What a service manager is not to start again (`EX_DATAERR` of sysexits.h).
+const USELESS_DATA: u8 = 65;
+
+/// How the process ends after `error`.
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<LeadError>() {
+        Some(error) if error.is_final() => ExitCode::from(USELESS_DATA),
+        _ => ExitCode::FAILURE,
+    }
 }
 
 /// Does what the command line says.

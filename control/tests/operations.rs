@@ -9,7 +9,9 @@
 //! | `test: fails` | the next command must fail |
 //! | `test: kill NAME`, `test: start NAME` | kill -9; starts it again on its data |
 //! | `test: lose NAME` | its data are gone |
-//! | `test: ended NAME` | its process has ended by itself, with an error |
+//! | `test: damage NAME` | a bit of every page of its database is another |
+//! | `test: ended NAME [CODE]` | its process has ended by itself, with an error |
+//! | `test: said NAME` | the next commands stand in its log |
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
@@ -58,7 +60,9 @@ enum Step {
     Kill(String),
     Start(String),
     Lose(String),
-    Ended(String),
+    Damage(String),
+    Ended(String, Option<i32>),
+    Said(String),
 }
 
 /// The document's commands and comments, in order.
@@ -88,7 +92,12 @@ fn directive(comment: &str) -> Step {
         "kill" => Step::Kill(rest),
         "start" => Step::Start(rest),
         "lose" => Step::Lose(rest),
-        "ended" => Step::Ended(rest),
+        "damage" => Step::Damage(rest),
+        "ended" => match rest.split_once(' ') {
+            Some((name, code)) => Step::Ended(name.to_owned(), Some(code.parse().unwrap())),
+            None => Step::Ended(rest, None),
+        },
+        "said" => Step::Said(rest),
         _ => panic!("the document says {comment:?}"),
     }
 }
@@ -115,6 +124,8 @@ struct Stage {
     /// How each lead was started last.
     started: BTreeMap<String, String>,
     must_fail: bool,
+    /// Whose log holds the next commands.
+    said_by: Option<String>,
 }
 
 impl Stage {
@@ -138,13 +149,27 @@ impl Stage {
             running: BTreeMap::new(),
             started: BTreeMap::new(),
             must_fail: false,
+            said_by: None,
         }
     }
 
     fn take(&mut self, step: Step) {
         println!("{step:?}");
+        if !matches!(step, Step::Run(_)) {
+            self.said_by = None;
+        }
         match step {
-            Step::Run(line) => self.run(&line),
+            Step::Run(line) => {
+                if let Some(name) = &self.said_by {
+                    let log = self.dir.path().join(format!("log-{name}"));
+                    let log = std::fs::read_to_string(log).unwrap();
+                    assert!(
+                        log.contains(&self.local(&line)),
+                        "{name} did not say {line}"
+                    );
+                }
+                self.run(&line);
+            }
             Step::Until(line) => {
                 let end = Instant::now() + LIMIT;
                 loop {
@@ -169,14 +194,28 @@ impl Stage {
             Step::Lose(name) => {
                 std::fs::remove_dir_all(self.dir.path().join(format!("data-{name}"))).unwrap();
             }
-            Step::Ended(name) => {
+            Step::Damage(name) => {
+                let file = self.dir.path().join(format!("data-{name}/lead.redb"));
+                let mut bytes = std::fs::read(&file).unwrap();
+                for page in bytes.chunks_mut(4096).skip(1) {
+                    page[page.len() / 2] ^= 1;
+                }
+                std::fs::write(file, bytes).unwrap();
+            }
+            Step::Said(name) => self.said_by = Some(name),
+            Step::Ended(name, code) => {
                 let mut child = self.running.remove(&name).unwrap();
                 let end = Instant::now() + LIMIT;
                 while child.try_wait().unwrap().is_none() {
                     assert!(Instant::now() < end, "lead {name} still runs");
                     std::thread::sleep(Duration::from_millis(50));
                 }
-                assert!(!child.wait().unwrap().success());
+                let status = child.wait().unwrap();
+                assert!(!status.success());
+                assert!(
+                    code.is_none_or(|code| status.code() == Some(code)),
+                    "{status}"
+                );
             }
         }
     }

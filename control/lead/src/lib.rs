@@ -31,6 +31,7 @@ mod members;
 mod once;
 mod problem;
 mod raft;
+mod replacement;
 mod replica;
 mod revoked;
 mod room;
@@ -57,8 +58,10 @@ use crate::{
 pub use crate::{
     door::limits::REQUESTS,
     raft::{
-        Compaction, DiskError, Full, Join, RecoverError, Recovery, StartError, Survivor, Timers,
+        Compaction, Damaged, DiskError, Flaw, Full, Join, RecoverError, Recovery, StartError,
+        Survivor, Timers,
     },
+    replacement::Replacement,
     room::Space,
     running::{Running, Settings},
     world::{Aside, Boxed, Clock, Storage, Wire, Work, World},
@@ -170,6 +173,14 @@ pub enum LeadError {
     /// There was no room left for what it had to write.
     #[error(transparent)]
     Full(Full),
+    /// Its data are not what it wrote.
+    #[error("{damaged}; {replacement}")]
+    Damaged {
+        /// What is wrong with them.
+        damaged: Damaged,
+        /// What is to be done.
+        replacement: Box<Replacement>,
+    },
     /// The others removed or replaced this lead.
     #[error(
         "lead {name} (member {id}) was removed from the group: its data may be deleted; to bring it back, delete them and run weft lead add"
@@ -180,6 +191,25 @@ pub enum LeadError {
         /// Its id.
         id: u64,
     },
+}
+
+impl LeadError {
+    /// Says what is to be done where the lead has no use for its data any more.
+    fn with(self, replacement: impl FnOnce() -> Replacement) -> Self {
+        match self {
+            Self::Start(StartError::Damaged(damaged)) => Self::Damaged {
+                damaged,
+                replacement: Box::new(replacement()),
+            },
+            other => other,
+        }
+    }
+
+    /// Whether starting it again can change nothing: another member must take its place.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Damaged { .. })
+    }
 }
 
 /// Runs a lead until `shutdown`.
@@ -223,14 +253,16 @@ pub async fn serve(
         dir: options.credentials.clone(),
         source,
     };
+    let said = options.clone();
     let credentials = Credentials::load(&options.credentials).map_err(bad_credentials)?;
     let mesh = check(&options, &credentials)?;
     let tls = door::tls(&credentials).map_err(bad_credentials)?;
     let tls_for_tokens = door::tls_for_tokens(&credentials).map_err(bad_credentials)?;
     let tls_for_joins = door::joins::tls(&credentials).map_err(bad_credentials)?;
     let (revoked, following) = (credentials.revoked(), credentials.follow());
+    let storage = Arc::new(Folder(options.data));
     let world = World {
-        storage: Arc::new(Folder(options.data)),
+        storage: storage.clone(),
         wire: Arc::new(Connections::new(Arc::new(credentials))),
         clock: Clock::default(),
         aside: Aside::default(),
@@ -248,7 +280,9 @@ pub async fn serve(
         mesh,
     };
     let running = tokio::select! {
-        running = Running::start(settings, world, shutdown.clone()) => running?,
+        running = Running::start(settings, world, shutdown.clone()) => running.map_err(|error| {
+            LeadError::from(error).with(|| Replacement::new(&said, raft::members_in(storage)))
+        })?,
         () = shutdown.cancelled() => return Ok(()),
     };
     tracing::info!(name = options.name, listen = %options.listen, "lead started");
@@ -280,7 +314,8 @@ pub async fn serve(
         };
         running.tasks.spawn(door.serve(shutdown));
     }
-    running.run().await
+    let ended = running.run().await;
+    ended.map_err(|error| error.with(|| Replacement::new(&said, running.members())))
 }
 
 /// Checks what was said against each other; the mesh of a first start.

@@ -10,11 +10,13 @@
 //! The log, the vote and the snapshots are on disk before they are acknowledged (I6). What a batch of commands means is
 //! control-core's; this module only orders it.
 
+mod audit;
 mod codec;
 mod disk;
 pub(crate) mod election;
 mod handover;
 mod join;
+mod layout;
 mod link;
 mod log;
 mod machine;
@@ -23,28 +25,34 @@ pub(crate) mod network;
 pub(crate) mod propose;
 mod recent;
 mod recover;
+mod seal;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod trouble;
 
 use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
 
 use control_core::command::Outcome;
-use openraft::{Config, LogId, SnapshotPolicy, storage::RaftLogStorage};
+use openraft::{
+    Config, Entry, EntryPayload, LogId, Membership, SnapshotMeta, SnapshotPolicy,
+    storage::RaftLogStorage,
+};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::codec::{decode, encode, size};
-pub(crate) use self::disk::Fullness;
+pub use self::disk::DiskError;
 pub(crate) use self::disk::header::examine;
-pub use self::disk::{DiskError, Full};
 pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub(crate) use self::link::APPEND;
 pub use self::recover::{RecoverError, Recovery, Survivor};
+pub(crate) use self::trouble::{Cause, Trouble};
+pub use self::trouble::{Damaged, Flaw, Full};
 use self::{
-    disk::Disk, election::Election, log::LogStore, machine::Machine, network::Network,
-    shared::SharedBatch,
+    audit::audit, disk::Disk, election::Election, log::LogStore, machine::Machine,
+    network::Network, shared::SharedBatch,
 };
 use crate::{replica::Replica, world::Storage};
 
@@ -213,9 +221,21 @@ pub enum StartError {
     /// There was no room left for what it had to write.
     #[error(transparent)]
     Full(Full),
+    /// What is on its disk is not what it wrote.
+    #[error(transparent)]
+    Damaged(Damaged),
     /// Raft itself refused.
     #[error("raft did not start: {0}")]
     Raft(String),
+}
+
+impl From<Cause> for StartError {
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::Full(full) => Self::Full(full),
+            Cause::Damaged(damaged) => Self::Damaged(damaged),
+        }
+    }
 }
 
 /// What a lead brings into the group.
@@ -235,8 +255,8 @@ pub(crate) struct Started {
     pub(crate) raft: Raft,
     pub(crate) id: u64,
     pub(crate) election: Election,
-    /// Whether its disk is full.
-    pub(crate) fullness: Fullness,
+    /// Whether its disk is full, or damaged.
+    pub(crate) trouble: Trouble,
     /// The end of the log.
     pub(crate) began_at: Option<LogId<u64>>,
 }
@@ -248,14 +268,16 @@ pub(crate) async fn start(
     replica: Arc<Replica>,
 ) -> Result<Started, StartError> {
     let dir = start.storage.to_string();
-    let disk = Disk::open(start.storage.clone()).map_err(|source| {
-        let full = Full::of(&source, &*start.storage, 0).map(StartError::Full);
-        full.unwrap_or(StartError::Disk {
+    let unusable = |source| match Cause::of(&source, &*start.storage, 0) {
+        Some(cause) => cause.into(),
+        None => StartError::Disk {
             dir: dir.clone(),
             source,
-        })
-    })?;
-    let fullness = disk.fullness();
+        },
+    };
+    let disk = Disk::open(start.storage.clone()).map_err(unusable)?;
+    audit(&disk).map_err(unusable)?;
+    let trouble = disk.trouble();
     let members = members(start.peers);
     let id = match own_id(&disk, &start, &members, &dir) {
         Err(StartError::NoGroup { .. }) if start.join.is_wanted() => {
@@ -270,8 +292,8 @@ pub(crate) async fn start(
         known => known?,
     };
     let config = config(start.timers, start.compaction)?;
-    let failed = |error: &dyn std::fmt::Display| match fullness.full() {
-        Some(full) => StartError::Full(full),
+    let failed = |error: &dyn std::fmt::Display| match trouble.cause() {
+        Some(cause) => cause.into(),
         None => StartError::Raft(error.to_string()),
     };
     let machine = Machine::load(disk.clone(), replica).map_err(|error| failed(&error))?;
@@ -302,9 +324,28 @@ pub(crate) async fn start(
         raft,
         id,
         election,
-        fullness,
+        trouble,
         began_at,
     })
+}
+
+/// The members, as far as damaged data say.
+pub(crate) fn members_in(storage: Arc<dyn Storage>) -> BTreeMap<String, SocketAddr> {
+    let Ok(disk) = Disk::open(storage) else {
+        return BTreeMap::new();
+    };
+    let meta: Option<SnapshotMeta<u64, Member>> = disk.get("snapshot_meta").ok().flatten();
+    let mut last = meta.map(|meta| meta.last_membership.membership().clone());
+    // Up to where it is damaged.
+    let _ = disk.each_entry(.., |_, entry| {
+        let entry: Entry<Types> = decode(entry)?;
+        if let EntryPayload::Membership(membership) = entry.payload {
+            last = Some(membership);
+        }
+        Ok(true)
+    });
+    let nodes = last.iter().flat_map(Membership::nodes);
+    nodes.map(|(_, it)| (it.name.clone(), it.address)).collect()
 }
 
 /// The id on disk, or on a first start the one that the list of peers gives.

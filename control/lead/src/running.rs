@@ -28,7 +28,7 @@ use crate::{
     members,
     once::Keys,
     raft::{
-        self, Compaction, Fullness, Join, Member, Started, Timers, network::Network,
+        self, Cause, Compaction, Join, Member, Started, Timers, Trouble, network::Network,
         propose::Proposer,
     },
     replica::Replica,
@@ -62,7 +62,7 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Running {
     lead: Arc<Lead>,
-    fullness: Fullness,
+    trouble: Trouble,
     /// The leads that it was started with.
     introduced: Vec<Member>,
     shutdown: CancellationToken,
@@ -95,7 +95,7 @@ impl Running {
             raft,
             id,
             election,
-            fullness,
+            trouble,
             began_at,
         } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
@@ -146,7 +146,7 @@ impl Running {
             .collect();
         Ok(Self {
             lead,
-            fullness,
+            trouble,
             introduced,
             shutdown,
             tasks,
@@ -196,6 +196,12 @@ impl Running {
         self.lead.replica.read(read)
     }
 
+    /// Every lead of the group, as far as it knows.
+    pub(crate) fn members(&self) -> BTreeMap<String, SocketAddr> {
+        let members = self.lead.members().into_iter();
+        members.map(|it| (it.name, it.address)).collect()
+    }
+
     /// Waits until it is shut down, or cannot go on.
     ///
     /// # Errors
@@ -203,8 +209,9 @@ impl Running {
     pub async fn run(&self) -> Result<(), LeadError> {
         let fatal = tokio::select! {
             () = self.shutdown.cancelled() => None,
-            fatal = watch_raft(&self.lead) => Some(match self.fullness.full() {
-                Some(full) => LeadError::Full(full),
+            cause = self.trouble.comes() => Some(cause.into()),
+            fatal = watch_raft(&self.lead) => Some(match self.trouble.cause() {
+                Some(cause) => cause.into(),
                 None => LeadError::Stopped(fatal),
             }),
             () = contact::removed(&self.lead, &self.introduced) => Some(LeadError::Removed {
@@ -215,6 +222,15 @@ impl Running {
         self.shutdown.cancel();
         end(&self.lead, &self.tasks).await;
         fatal.map_or(Ok(()), Err)
+    }
+}
+
+impl From<Cause> for LeadError {
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::Full(full) => Self::Full(full),
+            cause @ Cause::Damaged(_) => Self::Start(cause.into()),
+        }
     }
 }
 

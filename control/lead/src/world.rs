@@ -29,7 +29,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     dial::DialError,
-    raft::{DiskError, examine},
+    raft::{DiskError, Flaw, examine},
     room::Space,
 };
 
@@ -211,9 +211,12 @@ impl Storage for Folder {
             let file = File::options().read(true).write(true).open(path)?;
             // Where another process has it, redb says so.
             let looked_at = file.try_lock().is_ok().then(|| file.try_clone());
-            Ok((looked_at.transpose()?, file))
+            Ok((looked_at.transpose()?, file.metadata()?.len(), file))
         };
-        let (looked_at, file) = open().map_err(redb::StorageError::Io)?;
+        let (looked_at, length, file) = open().map_err(redb::StorageError::Io)?;
+        if length == 0 {
+            return Err(Flaw::database("an empty file").into());
+        }
         if let Some(file) = looked_at {
             examine(Arc::new(FileBackend::new(file)?), builder)?;
         }

@@ -2,29 +2,33 @@
 //!
 //! | table | key | value |
 //! |---|---|---|
-//! | `log` | index | entry |
-//! | `meta` | `vote`, `purged`, `committed`, `identity`, `snapshot_meta`, `snapshot_data` | itself |
+//! | log | index | entry |
+//! | values | `vote`, `purged`, `end`, `committed`, `identity`, `snapshot_meta`, `snapshot_data` | itself |
 //!
+//! Every value is sealed ([`seal`](super::seal)), and its seal is looked at whenever it is read; `end` is where the log ends, written
+//! with what it ends with.
 //! A write returns when it is on disk; only `committed` may be lost (it is found again from the leader). A database that is not
 //! sound is refused, and left as it is ([`header`]).
 
 pub(crate) mod header;
 
-use std::{
-    io,
-    ops::RangeBounds,
-    sync::{Arc, OnceLock},
-};
+use std::{io, ops::RangeBounds, sync::Arc};
 
-use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, Table};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::oneshot;
 
-use super::{decode, encode, recent::Room};
-use crate::{room::rounded, world::Storage};
+use super::{
+    decode, encode,
+    layout::{self, LOG, VALUES},
+    recent::Room,
+    seal::Place,
+    trouble::{Cause, Flaw, Trouble},
+};
+use crate::world::Storage;
 
-const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
-const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+/// The index behind the last entry that was written and not taken back.
+pub(super) const END: &str = "end";
 
 /// Pages that redb keeps in memory, bytes: the log is read backwards only by leads that were away.
 const CACHE: usize = 4 << 20;
@@ -44,16 +48,41 @@ pub enum DiskError {
     /// A value cannot be read.
     #[error("a value cannot be decoded")]
     Decode(#[from] rmp_serde::decode::Error),
+    /// Something is not what was written.
+    #[error(transparent)]
+    Damaged(#[from] Flaw),
+    /// A newer program wrote it.
+    #[error("its layout is {found}, which a newer weft wrote: start that one")]
+    Newer {
+        /// The layout.
+        found: u32,
+    },
     /// The writing task died.
     #[error("the writing task ended")]
     Task,
+}
+
+impl DiskError {
+    fn of(error: redb::Error) -> Self {
+        use io::ErrorKind::{InvalidData, UnexpectedEof};
+        match error {
+            redb::Error::Corrupted(found) => Flaw::database(found).into(),
+            redb::Error::Io(error) if matches!(error.kind(), InvalidData | UnexpectedEof) => {
+                Flaw::database(error).into()
+            }
+            redb::Error::TableDoesNotExist(_) | redb::Error::TableTypeMismatch { .. } => {
+                Flaw::database(error).into()
+            }
+            error => Self::Database(Box::new(error)),
+        }
+    }
 }
 
 macro_rules! from_redb {
     ($($error:ty),*) => {$(
         impl From<$error> for DiskError {
             fn from(error: $error) -> Self {
-                Self::Database(Box::new(error.into()))
+                Self::of(error.into())
             }
         }
     )*};
@@ -67,60 +96,12 @@ from_redb!(
     redb::TransactionError
 );
 
-/// The disk is full.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the disk is full: {dir} had {} left when {} were to be written; make room on its file system, or move the folder to a larger one \
-     (--data), and start the lead again: it goes on where it stopped",
-    rounded(*.free),
-    rounded(*.bytes)
-)]
-pub struct Full {
-    /// The data folder.
-    pub dir: String,
-    /// What could not be written, bytes.
-    pub bytes: u64,
-    /// What was left, bytes.
-    pub free: u64,
-}
-
-impl Full {
-    /// What `error` says of the room in `storage`, where `bytes` were to be written; `None` where it is about something else.
-    pub(super) fn of(error: &DiskError, storage: &dyn Storage, bytes: usize) -> Option<Self> {
-        let error = match error {
-            DiskError::Folder(error) => error,
-            DiskError::Database(error) => match &**error {
-                redb::Error::Io(error) => error,
-                _ => return None,
-            },
-            _ => return None,
-        };
-        let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
-        kinds.contains(&error.kind()).then(|| Self {
-            dir: storage.to_string(),
-            bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
-            free: storage.space().map_or(0, |space| space.free),
-        })
-    }
-}
-
-/// The first write that found no room, if one did: openraft keeps of an error only its text.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Fullness(Arc<OnceLock<Full>>);
-
-impl Fullness {
-    /// What it was.
-    pub(crate) fn full(&self) -> Option<Full> {
-        self.0.get().cloned()
-    }
-}
-
 /// The database, shared by the log, its readers and the state machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
     database: Arc<Database>,
     storage: Arc<dyn Storage>,
-    fullness: Fullness,
+    trouble: Trouble,
 }
 
 /// One change of the database.
@@ -156,20 +137,35 @@ impl Disk {
             .set_cache_size(CACHE)
             .set_check_integrity_on_open(true);
         let database = storage.open(&builder)?;
-        let transaction = database.begin_write()?;
-        transaction.open_table(LOG)?;
-        transaction.open_table(META)?;
-        transaction.commit()?;
+        layout::prepare(&database)?;
         Ok(Self {
             database: Arc::new(database),
             storage,
-            fullness: Fullness::default(),
+            trouble: Trouble::default(),
         })
     }
 
-    /// Tells whether a write found no room.
-    pub(super) fn fullness(&self) -> Fullness {
-        self.fullness.clone()
+    /// Tells of what ends this lead.
+    pub(super) fn trouble(&self) -> Trouble {
+        self.trouble.clone()
+    }
+
+    /// Notes what went wrong where that ends this lead; `bytes` were to be written.
+    fn noted<R>(&self, result: Result<R, DiskError>, bytes: usize) -> Result<R, DiskError> {
+        if let Err(error) = &result
+            && let Some(cause) = Cause::of(error, &*self.storage, bytes)
+        {
+            self.trouble.note(cause);
+        }
+        result
+    }
+
+    /// Looks at what is there; what is wrong with it ends this lead.
+    pub(super) fn check(
+        &self,
+        look: impl FnOnce() -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        self.noted(look(), 0)
     }
 
     /// Carries out `writes` in one transaction; on disk when it returns.
@@ -200,12 +196,7 @@ impl Disk {
 
     fn write_now(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let bytes = writes.iter().map(Write::size).sum();
-        let written = self.transact(writes, durability);
-        if let Err(error) = &written {
-            let full = Full::of(error, &*self.storage, bytes);
-            full.map(|full| self.fullness.0.get_or_init(|| full));
-        }
-        written
+        self.noted(self.transact(writes, durability), bytes)
     }
 
     fn transact(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
@@ -216,20 +207,27 @@ impl Disk {
         transaction.set_two_phase_commit(true);
         {
             let mut log = transaction.open_table(LOG)?;
-            let mut meta = transaction.open_table(META)?;
+            let mut values = transaction.open_table(VALUES)?;
+            let mut end = None;
             for write in writes {
                 match write {
-                    Write::Put { key, value } => {
-                        meta.insert(key, value.as_slice())?;
-                    }
+                    Write::Put { key, value } => insert(&mut values, key, value)?,
                     Write::Append(entries) => {
                         for (index, entry) in entries {
+                            let entry = Place::Entry(index).seal(entry);
                             log.insert(index, entry.as_slice())?;
+                            end = Some(index + 1);
                         }
                     }
-                    Write::TruncateFrom(index) => log.retain_in(index.., |_, _| false)?,
+                    Write::TruncateFrom(index) => {
+                        log.retain_in(index.., |_, _| false)?;
+                        end = Some(index);
+                    }
                     Write::PurgeTo(index) => log.retain_in(..=index, |_, _| false)?,
                 }
+            }
+            if let Some(end) = end {
+                insert(&mut values, END, encode(&end)?)?;
             }
         }
         transaction.commit()?;
@@ -238,17 +236,20 @@ impl Disk {
 
     /// The value at `key`.
     pub(crate) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, DiskError> {
-        let table = self.database.begin_read()?.open_table(META)?;
-        table
-            .get(key)?
-            .map(|value| decode(value.value()).map_err(DiskError::from))
-            .transpose()
+        let value = self.get_bytes(key)?;
+        value.map(|value| Ok(decode(&value)?)).transpose()
     }
 
     /// The bytes at `key`.
     pub(crate) fn get_bytes(&self, key: &str) -> Result<Option<Vec<u8>>, DiskError> {
-        let table = self.database.begin_read()?.open_table(META)?;
-        Ok(table.get(key)?.map(|value| value.value().to_vec()))
+        let read = || {
+            let table = self.database.begin_read()?.open_table(VALUES)?;
+            let Some(sealed) = table.get(key)? else {
+                return Ok(None);
+            };
+            Ok(Some(Place::Value(key).open(sealed.value())?.to_vec()))
+        };
+        self.noted(read(), 0)
     }
 
     /// The entries in `range`.
@@ -265,25 +266,49 @@ impl Disk {
         range: impl RangeBounds<u64>,
         mut room: Room,
     ) -> Result<Vec<T>, DiskError> {
-        let table = self.database.begin_read()?.open_table(LOG)?;
-        let range = (range.start_bound().cloned(), range.end_bound().cloned());
         let mut entries = Vec::new();
-        for row in table.range(range)? {
-            let (_, entry) = row?;
-            if !room.takes(entry.value().len()) {
-                break;
+        self.each_entry(range, |_, entry| {
+            let takes = room.takes(entry.len());
+            if takes {
+                entries.push(decode(entry)?);
             }
-            entries.push(decode(entry.value())?);
-        }
+            Ok(takes)
+        })?;
         Ok(entries)
+    }
+
+    /// Shows the entries in `range`, encoded, for as long as `see` says.
+    pub(super) fn each_entry(
+        &self,
+        range: impl RangeBounds<u64>,
+        mut see: impl FnMut(u64, &[u8]) -> Result<bool, DiskError>,
+    ) -> Result<(), DiskError> {
+        let range = (range.start_bound().cloned(), range.end_bound().cloned());
+        let mut read = || {
+            let table = self.database.begin_read()?.open_table(LOG)?;
+            for row in table.range(range)? {
+                let (index, sealed) = row?;
+                let index = index.value();
+                if !see(index, Place::Entry(index).open(sealed.value())?)? {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        self.noted(read(), 0)
     }
 
     /// The last entry of the log.
     pub(crate) fn last_entry<T: DeserializeOwned>(&self) -> Result<Option<T>, DiskError> {
-        let table = self.database.begin_read()?.open_table(LOG)?;
-        let last = table.last()?;
-        last.map(|(_, value)| Ok(decode(value.value())?))
-            .transpose()
+        let read = || {
+            let table = self.database.begin_read()?.open_table(LOG)?;
+            let Some((index, sealed)) = table.last()? else {
+                return Ok(None);
+            };
+            let entry = Place::Entry(index.value()).open(sealed.value())?;
+            Ok(Some(decode(entry)?))
+        };
+        self.noted(read(), 0)
     }
 
     /// Whose data this is.
@@ -296,6 +321,12 @@ impl Disk {
         let put = put("identity", &(id, name))?;
         self.write_now(vec![put], Durability::Immediate)
     }
+}
+
+fn insert(values: &mut Table<'_, &str, &[u8]>, key: &str, value: Vec<u8>) -> Result<(), DiskError> {
+    let value = Place::Value(key).seal(value);
+    values.insert(key, value.as_slice())?;
+    Ok(())
 }
 
 /// A write of `value` at `key`.

@@ -10,11 +10,16 @@ use openraft::{Entry, LogId, Membership, SnapshotMeta, StoredMembership};
 
 use super::{
     Member, Types,
+    audit::audit,
     disk::{Disk, DiskError, Write, put},
     encode,
     machine::Machine,
+    trouble::{Cause, Damaged},
 };
-use crate::{replica::Replica, world::Folder};
+use crate::{
+    replica::Replica,
+    world::{FILE, Folder},
+};
 
 /// What a lead's data hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +50,9 @@ pub enum RecoverError {
         #[source]
         source: DiskError,
     },
+    /// They are not what the lead wrote.
+    #[error(transparent)]
+    Damaged(Damaged),
     /// There is nothing to recover.
     #[error("{} holds no data of a lead that was in a group", dir.display())]
     Nothing {
@@ -70,20 +78,25 @@ impl std::fmt::Debug for Recovery {
 }
 
 impl Recovery {
-    /// Reads the data in `dir`; nothing is changed.
+    /// Reads the data in `dir`; nothing is changed but the layout of an older version's.
     ///
     /// # Errors
     /// When the lead runs, or the data are not a lead's.
     pub fn open(dir: PathBuf) -> Result<Self, RecoverError> {
         let nothing = || RecoverError::Nothing { dir: dir.clone() };
-        if !dir.join("lead.redb").exists() {
+        if !dir.join(FILE).exists() {
             return Err(nothing());
         }
-        let failed = |source| RecoverError::Disk {
-            dir: dir.clone(),
-            source,
+        let folder = Folder(dir.clone());
+        let failed = |source| match Cause::of(&source, &folder, 0) {
+            Some(Cause::Damaged(damaged)) => RecoverError::Damaged(damaged),
+            _ => RecoverError::Disk {
+                dir: dir.clone(),
+                source,
+            },
         };
-        let disk = Disk::open(Arc::new(Folder(dir.clone()))).map_err(failed)?;
+        let disk = Disk::open(Arc::new(folder.clone())).map_err(failed)?;
+        audit(&disk).map_err(failed)?;
         let (id, name) = disk.read_identity().map_err(failed)?.ok_or_else(nothing)?;
         let replica = Arc::new(Replica::default());
         let mut machine = Machine::load(disk.clone(), replica.clone()).map_err(failed)?;

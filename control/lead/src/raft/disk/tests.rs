@@ -7,10 +7,11 @@ use std::{
 
 use redb::{StorageBackend, backends::InMemoryBackend};
 
-use super::*;
+use super::{super::trouble::Full, *};
 use crate::{room::Space, world::Boxed};
 
 mod damage;
+mod records;
 
 /// A disk that a test fills.
 #[derive(Clone, Debug, Default)]
@@ -80,12 +81,14 @@ async fn a_write_that_finds_no_room_is_remembered_and_what_was_written_before_is
         )])]
     };
     disk.write(append(1, 10)).await.unwrap();
-    assert_eq!(disk.fullness().full(), None);
+    assert_eq!(disk.trouble().cause(), None);
     storage.is_full.store(true, Ordering::Relaxed);
     disk.write(append(2, 3 << 20)).await.unwrap_err();
     // What comes after it fails because of it, and says nothing new.
     disk.write(append(2, 10)).await.unwrap_err();
-    let full = disk.fullness().full().unwrap();
+    let Some(Cause::Full(full)) = disk.trouble().cause() else {
+        panic!("it is full");
+    };
     assert_eq!((full.dir.as_str(), full.free), ("/data", 5 << 10));
     assert!(full.bytes >= 3 << 20, "{full}");
     let text = full.to_string();

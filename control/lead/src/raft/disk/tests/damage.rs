@@ -8,7 +8,7 @@ const PAGE: usize = 4096;
 const HEADER: usize = 320;
 
 /// The next of a row of numbers without a pattern (splitmix64).
-fn random(state: &mut u64) -> usize {
+pub(super) fn random(state: &mut u64) -> usize {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut it = *state;
     it = (it ^ (it >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
