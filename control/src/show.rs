@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{Table, presets};
 use control_api::http::{
     Application, ApplyResponse, ApplyResult, AuditEntry, Binding, Cluster, Explained, Lead,
-    LeadAdded, LeadDisk, List, Migration, Node, Quota, Revocation, Service, Status, Token,
+    LeadAdded, LeadDisk, LeadState, List, Migration, Node, Quota, Revocation, Service, Status, Token,
 };
 use control_core::goal::Bytes;
 use control_core::placement::{Decision, Lost, Parts, Verdict};
@@ -273,6 +273,7 @@ impl Rows for Lead {
         "APPLIED",
         "VERSION",
         "DISK",
+        "STATE",
         "AUTHORITIES",
         "SIGNS UNTIL",
     ];
@@ -288,10 +289,18 @@ impl Rows for Lead {
             or_dash(self.applied_index),
             or_dash(self.version.as_ref()),
             or_dash(self.disk.map(disk)),
+            or_dash(self.state.as_ref().map(state)),
             or_dash(authorities(&self.authorities)),
             or_dash(self.issuer_ends_ms.map(moment)),
         ]
     }
+}
+
+/// The beginning of the hash, and of which entry.
+fn state(state: &LeadState) -> String {
+    let hash = state.hash.get(..8).unwrap_or(&state.hash);
+    let differs = if state.differs { ", differs" } else { "" };
+    format!("{hash} at {}{differs}", state.index)
 }
 
 fn disk(disk: LeadDisk) -> String {

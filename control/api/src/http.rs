@@ -443,6 +443,9 @@ pub struct Lead {
     /// Its disk; nothing from a lead that does not answer, or is older.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<LeadDisk>,
+    /// Its state at the last entry at which the leads compare theirs; nothing before the first, or from an older lead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<LeadState>,
     /// The authorities whose certificates it accepts, the one that signs first: SHA-256, hexadecimal digits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub authorities: Vec<String>,
@@ -452,6 +455,17 @@ pub struct Lead {
     /// The number of the lead that leaves once this one is a voter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaces: Option<u64>,
+}
+
+/// The state of a lead at one entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LeadState {
+    /// The entry, the last that is in it.
+    pub index: u64,
+    /// Its SHA-256, hexadecimal digits: the same on every lead.
+    pub hash: String,
+    /// Whether another lead's is not the same.
+    pub differs: bool,
 }
 
 /// The file system of a lead's data.

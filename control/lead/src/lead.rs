@@ -33,6 +33,7 @@ use crate::{
     once::{Keys, is_note},
     raft::{
         Member, Raft, Timers,
+        checkpoint::Checks,
         election::Election,
         members::{MemberError, Seat},
         network::{Network, PostError},
@@ -191,6 +192,8 @@ pub(crate) struct Lead {
     pub(crate) planned: watch::Sender<Planned>,
     /// How much room there is on the disks.
     pub(crate) rooms: watch::Sender<Rooms>,
+    /// What its state is at entries that every lead comes by.
+    pub(crate) checks: Checks,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
     /// Who wants another lead to lead.

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod agents;
+mod agreement;
 mod api;
 pub mod authority;
 mod board;

@@ -42,6 +42,7 @@ impl Lead {
             level: LEVEL,
             applied: self.replica.applied(),
             room: self.rooms.borrow().own,
+            checkpoints: Some(self.checks.known()),
             authorities: self
                 .revoked
                 .get()

@@ -11,6 +11,7 @@
 //! control-core's; this module only orders it.
 
 mod audit;
+pub(crate) mod checkpoint;
 mod codec;
 mod disk;
 pub(crate) mod election;
@@ -48,11 +49,12 @@ pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub(crate) use self::link::APPEND;
 pub use self::recover::{RecoverError, Recovery, Survivor};
+pub(crate) use self::trouble::Condemned;
 pub(crate) use self::trouble::{Cause, Trouble};
 pub use self::trouble::{Damaged, Flaw, Full};
 use self::{
-    audit::audit, disk::Disk, election::Election, log::LogStore, machine::Machine,
-    network::Network, shared::SharedBatch,
+    audit::audit, checkpoint::Checks, disk::Disk, election::Election, log::LogStore,
+    machine::Machine, network::Network, shared::SharedBatch,
 };
 use crate::{replica::Replica, world::Storage};
 
@@ -257,6 +259,10 @@ pub(crate) struct Started {
     pub(crate) election: Election,
     /// Whether its disk is full, or damaged.
     pub(crate) trouble: Trouble,
+    /// What its state is at entries that every lead comes by.
+    pub(crate) checks: Checks,
+    /// Where it is written that this is not what the group agreed on.
+    pub(crate) condemned: Condemned,
     /// The end of the log.
     pub(crate) began_at: Option<LogId<u64>>,
 }
@@ -296,7 +302,10 @@ pub(crate) async fn start(
         Some(cause) => cause.into(),
         None => StartError::Raft(error.to_string()),
     };
-    let machine = Machine::load(disk.clone(), replica).map_err(|error| failed(&error))?;
+    let checks = Checks::new(start.compaction.every);
+    let machine = Machine::checked(disk.clone(), replica, checks.clone());
+    let machine = machine.map_err(|error| failed(&error))?;
+    let condemned = Condemned::new(disk.clone());
     let mut log = LogStore::new(disk.clone(), &machine);
     let state = log.get_log_state().await;
     let began_at = state.map_err(|error| failed(&error))?.last_log_id;
@@ -325,6 +334,8 @@ pub(crate) async fn start(
         id,
         election,
         trouble,
+        checks,
+        condemned,
         began_at,
     })
 }

@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     LeadError, StartError,
     agents::AgentDoor,
+    agreement,
     authority::issuer::Issuer,
     board::Board,
     contact, control,
@@ -96,6 +97,8 @@ impl Running {
             id,
             election,
             trouble,
+            checks,
+            condemned,
             began_at,
         } = raft::start(start, network.clone(), replica.clone()).await?;
         let (proposer, proposing) = Proposer::new(Arc::new(raft.clone()), world.clock.clone());
@@ -118,6 +121,7 @@ impl Running {
             board: Board::default().into(),
             planned: watch::Sender::new(Planned::default()),
             rooms: watch::Sender::default(),
+            checks,
             gives_way: AtomicBool::new(false),
             drain: draining,
             proposing: tokio::sync::RwLock::default(),
@@ -133,6 +137,8 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), election.run()));
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
         tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
+        let agreeing = agreement::watch(lead.clone(), condemned);
+        tasks.spawn(until(shutdown.clone(), agreeing));
         tasks.spawn(until(shutdown.clone(), contact::watch(lead.clone())));
         tasks.spawn(until(shutdown.clone(), drain::run(lead.clone(), drained)));
         let looking = room::watch::run(lead.clone(), storage, reserve);

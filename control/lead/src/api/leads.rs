@@ -5,7 +5,7 @@ use axum::{
     extract::{Path, State, rejection::JsonRejection},
 };
 use control_api::http::{
-    Changed, Drained, Lead as Shown, LeadAdded, LeadDisk, LeadRequest, List, Problem,
+    Changed, Drained, Lead as Shown, LeadAdded, LeadDisk, LeadRequest, LeadState, List, Problem,
 };
 use netmanager_api::identity::is_label;
 
@@ -15,18 +15,21 @@ use crate::{
     lead::{self, Ask, AskError, Lead},
     once::note,
     problem::Refusal,
-    raft::members::{MemberError, Seat},
+    raft::{
+        checkpoint::Checkpoints,
+        members::{About, MemberError, Seat},
+    },
     room::Room,
 };
 
-fn show(seat: Seat) -> Shown {
+fn show(seat: &Seat, all: &[Seat]) -> Shown {
     let role = match (seat.leads, seat.is_voter) {
         (true, _) => "leader",
         (false, true) => "voter",
         (false, false) => "learner",
     };
     Shown {
-        name: seat.member.name,
+        name: seat.member.name.clone(),
         id: seat.id,
         address: seat.member.address,
         role: role.to_owned(),
@@ -36,12 +39,30 @@ fn show(seat: Seat) -> Shown {
         version: seat.about.as_ref().map(|about| about.version.clone()),
         disk: seat.about.as_ref().and_then(|about| about.room).map(disk),
         issuer_ends_ms: seat.about.as_ref().and_then(|about| about.issuer_ends_ms),
+        state: seat.about.as_ref().and_then(|about| state(about, all)),
         authorities: seat
             .about
-            .map(|about| about.authorities)
+            .as_ref()
+            .map(|about| about.authorities.clone())
             .unwrap_or_default(),
         replaces: seat.member.replaces,
     }
+}
+
+/// Its state at its last checkpoint, beside what the others have there.
+fn state(about: &About, all: &[Seat]) -> Option<LeadState> {
+    let own = about.checkpoints.as_ref()?;
+    let last = own.last.last()?;
+    let others = all.iter().filter_map(|seat| seat.about.as_ref());
+    let mut others = others.filter_map(|it| it.checkpoints.as_ref());
+    let differs = |it: &Checkpoints| {
+        it.shape == own.shape && it.at(last.index).is_some_and(|hash| hash != last.hash)
+    };
+    Some(LeadState {
+        index: last.index,
+        hash: last.hash.clone(),
+        differs: others.any(differs),
+    })
 }
 
 fn disk(room: Room) -> LeadDisk {
@@ -77,7 +98,7 @@ pub(super) async fn list(State(lead): Shared, query: Read) -> Answer<List<Shown>
         false => Freshness::stale(&lead).await,
     };
     Ok(Json(List {
-        items: seats.into_iter().map(show).collect(),
+        items: seats.iter().map(|seat| show(seat, &seats)).collect(),
         index: lead.replica.applied(),
         stale: fresh.stale,
         age_ms: fresh.age_ms,

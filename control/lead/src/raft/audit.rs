@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::{
     Member, decode,
-    disk::{Disk, DiskError, END},
+    disk::{Disk, DiskError, END, ODD},
     trouble::Flaw,
 };
 
@@ -93,6 +93,10 @@ impl Walk {
 /// Reads everything that Raft depends on.
 pub(super) fn audit(disk: &Disk) -> Result<(), DiskError> {
     disk.check(|| {
+        let odd: Option<Flaw> = disk.get(ODD)?;
+        if let Some(flaw) = odd {
+            return Err(flaw.into());
+        }
         let vote: Option<Vote<u64>> = disk.get("vote")?;
         let purged: Option<LogId<u64>> = disk.get("purged")?;
         let _: Option<Option<LogId<u64>>> = disk.get("committed")?;

@@ -3,7 +3,7 @@
 //! | table | key | value |
 //! |---|---|---|
 //! | log | index | entry |
-//! | values | `vote`, `purged`, `end`, `committed`, `identity`, `snapshot_meta`, `snapshot_data` | itself |
+//! | values | `vote`, `purged`, `end`, `committed`, `identity`, `snapshot_meta`, `snapshot_data`, `odd` | itself |
 //!
 //! Every value is sealed ([`seal`](super::seal)), and its seal is looked at whenever it is read; `end` is where the log ends, written
 //! with what it ends with.
@@ -29,6 +29,8 @@ use crate::world::Storage;
 
 /// The index behind the last entry that was written and not taken back.
 pub(super) const END: &str = "end";
+/// What is wrong with all of it, found out by comparing it with others'.
+pub(super) const ODD: &str = "odd";
 
 /// Pages that redb keeps in memory, bytes: the log is read backwards only by leads that were away.
 const CACHE: usize = 4 << 20;

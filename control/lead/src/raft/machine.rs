@@ -1,5 +1,6 @@
 //! The state machine: applies the log to the [`Replica`] and keeps its snapshots on [`Disk`].
 //!
+//! A snapshot is of the last checkpoint that was passed ([`checkpoint`](super::checkpoint)), where one was since the last snapshot.
 //! What was applied after the last snapshot is not written again: a restart applies the log once more. Entries leave the
 //! log only once a snapshot with them is on disk ([`Stored`]).
 
@@ -10,10 +11,12 @@ use openraft::{
     Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta,
     StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
 };
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use super::{
-    Member, Types, decode,
+    Member, Types,
+    checkpoint::Checks,
+    decode,
     disk::{Disk, DiskError, Write, put},
     encode,
 };
@@ -36,43 +39,72 @@ type Meta = SnapshotMeta<u64, Member>;
 /// Applies entries, one after the other.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
-    disk: Disk,
+    shelf: Shelf,
     replica: Arc<Replica>,
     applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, Member>,
-    stored: watch::Sender<Stored>,
+    checks: Checks,
+    /// The state at the last checkpoint, until a snapshot is made of it.
+    passed: Option<Passed>,
+}
+
+/// The state at a checkpoint.
+#[derive(Clone, Debug)]
+struct Passed {
+    base: KnowledgeBase,
+    last: Option<LogId<u64>>,
+    membership: StoredMembership<u64, Member>,
 }
 
 impl Machine {
-    /// The state of the last snapshot on disk.
+    /// The state of the last snapshot on disk; it is not compared with others'.
     pub(crate) fn load(disk: Disk, replica: Arc<Replica>) -> std::result::Result<Self, DiskError> {
+        Self::checked(disk, replica, Checks::new(u64::MAX))
+    }
+
+    /// The state of the last snapshot on disk, which is compared with others' at checkpoints.
+    pub(super) fn checked(
+        disk: Disk,
+        replica: Arc<Replica>,
+        checks: Checks,
+    ) -> std::result::Result<Self, DiskError> {
         let mut machine = Self {
-            disk,
+            shelf: Shelf::new(disk),
             replica,
             applied: None,
             membership: StoredMembership::default(),
-            stored: watch::Sender::default(),
+            checks,
+            passed: None,
         };
         if let Some((meta, data)) = machine.stored()? {
             machine.become_snapshot(&meta, &data)?;
-            machine.stored.send_modify(|it| it.last = meta.last_log_id);
+            let stored = &machine.shelf.stored;
+            stored.send_modify(|it| it.last = meta.last_log_id);
         }
         Ok(machine)
     }
 
     /// Tells of the snapshot on disk; closed with the machine.
     pub(super) fn watch_stored(&self) -> watch::Receiver<Stored> {
-        self.stored.subscribe()
+        self.shelf.stored.subscribe()
     }
 
     fn stored(&self) -> std::result::Result<Option<(Meta, Vec<u8>)>, DiskError> {
-        let meta: Option<Meta> = self.disk.get("snapshot_meta")?;
-        let data = self.disk.get_bytes("snapshot_data")?;
+        let meta: Option<Meta> = self.shelf.disk.get("snapshot_meta")?;
+        let data = self.shelf.disk.get_bytes("snapshot_data")?;
         Ok(meta.zip(data))
     }
 
     fn become_snapshot(&mut self, meta: &Meta, data: &[u8]) -> std::result::Result<(), DiskError> {
         let base: KnowledgeBase = decode(data)?;
+        if let Some(last) = meta
+            .last_log_id
+            .filter(|last| self.checks.is_at(last.index))
+        {
+            // Another version may have encoded it.
+            self.checks.note(last, &encode(&base)?);
+        }
+        self.passed = None;
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
         self.replica.write(|current| *current = base);
@@ -92,6 +124,23 @@ impl Machine {
     }
 
     pub(super) fn apply_one(&mut self, entry: Entry<Types>) -> Vec<Outcome> {
+        let index = entry.log_id.index;
+        let outcomes = self.carry_out(entry);
+        if self.checks.is_at(index) {
+            self.passed = Some(self.now());
+        }
+        outcomes
+    }
+
+    fn now(&self) -> Passed {
+        Passed {
+            base: self.replica.read(Clone::clone),
+            last: self.applied,
+            membership: self.membership.clone(),
+        }
+    }
+
+    fn carry_out(&mut self, entry: Entry<Types>) -> Vec<Outcome> {
         self.applied = Some(entry.log_id);
         match entry.payload {
             EntryPayload::Blank => Vec::new(),
@@ -106,28 +155,49 @@ impl Machine {
     }
 }
 
-/// The state machine as it was when a snapshot was asked for.
+/// The state machine at its last checkpoint, or as it was when a snapshot was asked for.
 #[derive(Debug)]
 pub(crate) struct View {
-    disk: Disk,
+    shelf: Shelf,
     base: KnowledgeBase,
     meta: Meta,
-    stored: watch::Sender<Stored>,
+    checks: Checks,
 }
 
-async fn store(
-    disk: &Disk,
-    meta: &Meta,
-    data: Vec<u8>,
-    stored: &watch::Sender<Stored>,
-) -> std::result::Result<(), DiskError> {
-    let data = Write::Put {
-        key: "snapshot_data",
-        value: data,
-    };
-    disk.write(vec![put("snapshot_meta", meta)?, data]).await?;
-    stored.send_modify(|it| it.last = it.last.max(meta.last_log_id));
-    Ok(())
+/// Where the snapshot is.
+#[derive(Clone, Debug)]
+struct Shelf {
+    disk: Disk,
+    stored: watch::Sender<Stored>,
+    /// Held by whoever puts one there.
+    turn: Arc<Mutex<()>>,
+}
+
+impl Shelf {
+    fn new(disk: Disk) -> Self {
+        Self {
+            disk,
+            stored: watch::Sender::default(),
+            turn: Arc::default(),
+        }
+    }
+
+    /// Puts a snapshot there, unless a later one is: while one was made here another lead's may have come, and the log begins
+    /// behind that one.
+    async fn put(&self, meta: &Meta, data: Vec<u8>) -> std::result::Result<(), DiskError> {
+        let _turn = self.turn.lock().await;
+        if self.stored.borrow().last > meta.last_log_id {
+            return Ok(());
+        }
+        let data = Write::Put {
+            key: "snapshot_data",
+            value: data,
+        };
+        let writes = vec![put("snapshot_meta", meta)?, data];
+        self.disk.write(writes).await?;
+        self.stored.send_modify(|it| it.last = meta.last_log_id);
+        Ok(())
+    }
 }
 
 fn snapshot(meta: Meta, data: Vec<u8>) -> Snapshot<Types> {
@@ -142,9 +212,11 @@ impl RaftSnapshotBuilder<Types> for View {
         let failed =
             |error: DiskError| StorageIOError::write_snapshot(Some(self.meta.signature()), &error);
         let data = encode(&self.base).map_err(|error| failed(error.into()))?;
-        store(&self.disk, &self.meta, data.clone(), &self.stored)
-            .await
-            .map_err(failed)?;
+        if let Some(last) = self.meta.last_log_id {
+            self.checks.note(last, &data);
+        }
+        let put = self.shelf.put(&self.meta, data.clone());
+        put.await.map_err(failed)?;
         Ok(snapshot(self.meta.clone(), data))
     }
 }
@@ -172,32 +244,37 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> View {
-        let last = self.applied;
+        let passed = self.passed.take();
+        let Passed {
+            base,
+            last,
+            membership,
+        } = passed.unwrap_or_else(|| self.now());
         View {
-            disk: self.disk.clone(),
-            stored: self.stored.clone(),
-            base: self.replica.read(Clone::clone),
+            shelf: self.shelf.clone(),
+            checks: self.checks.clone(),
+            base,
             meta: Meta {
                 last_log_id: last,
-                last_membership: self.membership.clone(),
+                last_membership: membership,
                 snapshot_id: last.map_or_else(|| "empty".to_owned(), |id| id.to_string()),
             },
         }
     }
 
     async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>> {
-        self.stored.send_modify(|it| it.is_incoming = true);
+        self.shelf.stored.send_modify(|it| it.is_incoming = true);
         Ok(Box::default())
     }
 
     async fn install_snapshot(&mut self, meta: &Meta, data: Box<Cursor<Vec<u8>>>) -> Result<()> {
         let data = data.into_inner();
         let installed = match self.become_snapshot(meta, &data) {
-            Ok(()) => store(&self.disk, meta, data, &self.stored).await,
+            Ok(()) => self.shelf.put(meta, data).await,
             error => error,
         };
         installed.map_err(|error| {
-            self.stored.send_modify(|it| it.has_failed = true);
+            self.shelf.stored.send_modify(|it| it.has_failed = true);
             StorageIOError::write_snapshot(Some(meta.signature()), &error).into()
         })
     }

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use openraft::{LogId, Membership};
 use serde::{Deserialize, Serialize};
 
-use super::{Member, Raft};
+use super::{Member, Raft, checkpoint::Checkpoints};
 use crate::room::Room;
 
 /// The first leads of a group have ids up to this one.
@@ -54,6 +54,9 @@ pub(crate) struct About {
     /// How much room its disk has; `None` from a lead that does not say, or does not know.
     #[serde(default)]
     pub(crate) room: Option<Room>,
+    /// What its state was at the last checkpoints; `None` from a lead that does not say.
+    #[serde(default)]
+    pub(crate) checkpoints: Option<Checkpoints>,
 }
 
 /// The group at one moment.
@@ -395,6 +398,7 @@ mod tests {
                 authorities: Vec::new(),
                 issuer_ends_ms: None,
                 room: None,
+                checkpoints: None,
             };
             (id, Some(about))
         };

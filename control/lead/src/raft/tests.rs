@@ -155,6 +155,99 @@ async fn a_restart_finds_the_knowledge_base_in_the_last_snapshot() {
 }
 
 #[tokio::test]
+async fn a_snapshot_that_was_being_made_does_not_take_the_place_of_a_later_one_that_came() {
+    let (there, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let disk = Disk::open(folder(&there)).unwrap();
+    let mut leader = Machine::load(disk, Arc::default()).unwrap();
+    leader.apply([entry(9, vec![init_mesh()])]).await.unwrap();
+    let mut builder = leader.get_snapshot_builder().await;
+    let later = builder.build_snapshot().await.unwrap();
+
+    let disk = Disk::open(folder(&here)).unwrap();
+    let mut machine = Machine::load(disk.clone(), Arc::default()).unwrap();
+    machine.apply([entry(7, vec![init_mesh()])]).await.unwrap();
+    let mut builder = machine.get_snapshot_builder().await;
+    machine.begin_receiving_snapshot().await.unwrap();
+    let installed = machine.install_snapshot(&later.meta, later.snapshot);
+    installed.await.unwrap();
+    builder.build_snapshot().await.unwrap();
+    drop(machine);
+    let again = Machine::load(disk, Arc::default()).unwrap();
+    assert_eq!(again.applied(), later.meta.last_log_id);
+}
+
+#[tokio::test]
+async fn a_snapshot_is_of_the_last_checkpoint_and_of_the_same_bytes_on_every_lead() {
+    let application = |name: String| {
+        let yaml = format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: MeshApplication\nmetadata: {{ name: {name} }}\n\
+             spec: {{ services: [{{ name: a, command: [a] }}] }}"
+        );
+        let mut parsed = goal::parse(&yaml).unwrap();
+        Command::Apply(Box::new(parsed.remove(0)))
+    };
+    let entries = || {
+        let first = entry(0, vec![init_mesh()]);
+        let rest = (1..13).map(|index| entry(index, vec![application(format!("app-{index}"))]));
+        std::iter::once(first).chain(rest)
+    };
+    let mut said = Vec::new();
+    // One is asked for its snapshot late, one in time, and one starts again in between.
+    for asked_after in [13, 10, 4] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::open(folder(&dir)).unwrap();
+        let checks = Checks::new(5);
+        let mut machine = Machine::checked(disk.clone(), Arc::default(), checks.clone()).unwrap();
+        machine.apply(entries().take(asked_after)).await.unwrap();
+        let mut builder = machine.get_snapshot_builder().await;
+        let mut snapshot = builder.build_snapshot().await.unwrap();
+        if asked_after == 4 {
+            assert!(checks.known().last.is_empty(), "it is of no checkpoint");
+            let checks = Checks::new(5);
+            machine = Machine::checked(disk, Arc::default(), checks.clone()).unwrap();
+            machine.apply(entries().skip(4)).await.unwrap();
+            let mut builder = machine.get_snapshot_builder().await;
+            snapshot = builder.build_snapshot().await.unwrap();
+            said.push((snapshot.meta, checks.known()));
+            continue;
+        }
+        let (meta, known) = (snapshot.meta, checks.known());
+        // Who gets it has the same.
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::open(folder(&dir)).unwrap();
+        let checks = Checks::new(5);
+        let mut other = Machine::checked(disk, Arc::default(), checks.clone()).unwrap();
+        let installed = other.install_snapshot(&meta, snapshot.snapshot);
+        installed.await.unwrap();
+        assert_eq!(checks.known(), known);
+        said.push((meta, known));
+    }
+    assert_eq!(said[0].1.last[0].index, 9);
+    assert_eq!(said[0], said[1]);
+    assert_eq!(said[0], said[2]);
+}
+
+#[tokio::test]
+async fn data_of_which_others_say_that_they_are_odd_do_not_serve_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(folder(&dir)).unwrap();
+    disk.write_identity(1, "a").unwrap();
+    audit(&disk).unwrap();
+    let flaw = Flaw {
+        record: "the state at entry 9".to_owned(),
+        expected: "x as of b, c".to_owned(),
+        found: "y".to_owned(),
+    };
+    Condemned::new(disk.clone()).note(flaw.clone()).await;
+    let cause = disk.trouble().cause();
+    assert!(matches!(cause, Some(Cause::Damaged(damaged)) if damaged.flaw == flaw));
+    drop(disk);
+    let again = Disk::open(folder(&dir)).unwrap();
+    let error = audit(&again).unwrap_err();
+    assert!(matches!(error, DiskError::Damaged(it) if it == flaw));
+}
+
+#[tokio::test]
 async fn entries_stay_until_the_snapshot_that_takes_their_place_is_on_disk() {
     let (there, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let disk = Disk::open(folder(&there)).unwrap();

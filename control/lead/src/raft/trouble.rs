@@ -2,9 +2,10 @@
 
 use std::{fmt, io, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::disk::DiskError;
+use super::disk::{Disk, DiskError, ODD, put};
 use crate::{
     room::rounded,
     world::{FILE, Storage},
@@ -48,7 +49,7 @@ impl Full {
 }
 
 /// A record that is not what was written there.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{record}: expected {expected}, found {found}")]
 pub struct Flaw {
     /// Which.
@@ -132,5 +133,28 @@ impl Trouble {
             known.get_or_insert(cause);
             is_first
         });
+    }
+}
+
+/// A lead's data, as what must not be used any more.
+#[derive(Clone, Debug)]
+pub(crate) struct Condemned(Disk);
+
+impl Condemned {
+    pub(super) fn new(disk: Disk) -> Self {
+        Self(disk)
+    }
+
+    /// Ends this lead, which does not start again with these data.
+    pub(crate) async fn note(&self, flaw: Flaw) {
+        let written = match put(ODD, &flaw) {
+            Ok(flaw) => self.0.write(vec![flaw]).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
+            tracing::error!(%error, "what is wrong with the data is not written down");
+        }
+        // This ends it, written down or not.
+        let _ = self.0.check(|| Err(flaw.into()));
     }
 }

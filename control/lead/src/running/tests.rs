@@ -25,6 +25,7 @@ use crate::{
     world::{Aside, Boxed, Clock, Storage, Wire},
 };
 
+mod agreement;
 mod large;
 mod plan;
 mod room;
@@ -164,6 +165,27 @@ impl Storage for Memory {
     }
 }
 
+fn settings(name: &str, names: &[&str], compaction: Compaction) -> Settings {
+    let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
+    let names = names.iter().map(|name| (*name).to_owned());
+    Settings {
+        name: name.to_owned(),
+        peers: names.zip((1..).map(address)).collect(),
+        join: Join::default(),
+        timers: Timers::default(),
+        compaction,
+        reserve: None,
+        mesh: Some(Mesh {
+            name: "demo".to_owned(),
+            prefix6: "fd00:1:2::/48".parse().unwrap(),
+            prefix4: None,
+            seed: 1,
+            incarnation: 0,
+            lease_ms: 10_000,
+        }),
+    }
+}
+
 struct Group {
     doors: Doors,
     shutdown: CancellationToken,
@@ -191,48 +213,47 @@ impl Group {
         names: &[&str],
         rule: Rule,
     ) -> Self {
-        let address = |number| SocketAddr::from(([127, 0, 0, 1], number));
-        let names = names.iter().map(|name| (*name).to_owned());
-        let names: Vec<_> = names.collect();
+        Self::compacting(disk, aside, Compaction::default(), names, rule).await
+    }
+
+    /// With snapshots as often as a test says.
+    async fn compacting(
+        disk: &dyn Fn(&str) -> Arc<dyn Storage>,
+        aside: Aside,
+        compaction: Compaction,
+        names: &[&str],
+        rule: Rule,
+    ) -> Self {
         let mut group = Self {
             doors: Doors::default(),
             shutdown: CancellationToken::new(),
             running: Vec::new(),
         };
-        for name in &names {
-            let settings = Settings {
-                name: name.clone(),
-                peers: names.clone().into_iter().zip((1..).map(address)).collect(),
-                join: Join::default(),
-                timers: Timers::default(),
-                compaction: Compaction::default(),
-                reserve: None,
-                mesh: Some(Mesh {
-                    name: "demo".to_owned(),
-                    prefix6: "fd00:1:2::/48".parse().unwrap(),
-                    prefix4: None,
-                    seed: 1,
-                    incarnation: 0,
-                    lease_ms: 10_000,
-                }),
-            };
-            let world = World {
-                storage: disk(name),
-                wire: Arc::new(Lossy {
-                    from: name.clone(),
-                    doors: group.doors.clone(),
-                    rule: rule.clone(),
-                }),
-                clock: Clock::default(),
-                aside: aside.clone(),
-            };
-            let lead = Running::start(settings, world, group.shutdown.clone());
+        for name in names {
+            let world = group.world(name, disk(name), aside.clone(), rule.clone());
+            let settings = settings(name, names, compaction);
+            // One that ends by itself ends alone.
+            let lead = Running::start(settings, world, group.shutdown.child_token());
             let lead = lead.await.unwrap();
             let mut doors = group.doors.0.write().unwrap();
-            doors.insert(name.clone(), lead.routes());
+            doors.insert((*name).to_owned(), lead.routes());
             group.running.push(lead);
         }
         group
+    }
+
+    /// What lead `name` finds around it.
+    fn world(&self, name: &str, storage: Arc<dyn Storage>, aside: Aside, rule: Rule) -> World {
+        World {
+            storage,
+            wire: Arc::new(Lossy {
+                from: name.to_owned(),
+                doors: self.doors.clone(),
+                rule,
+            }),
+            clock: Clock::default(),
+            aside,
+        }
     }
 
     /// Asks a lead as a user.
@@ -277,6 +298,8 @@ impl Group {
         for lead in self.running {
             lead.run().await.unwrap();
         }
+        // They hold the leads, and are held by them.
+        self.doors.0.write().unwrap().clear();
     }
 }
 
