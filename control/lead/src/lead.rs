@@ -32,7 +32,7 @@ use crate::{
     members::ABOUT_LEASES,
     once::{Keys, is_note},
     raft::{
-        Member, Raft, Timers,
+        Incoming, Member, Raft, Timers,
         checkpoint::Checks,
         election::Election,
         members::{MemberError, Seat},
@@ -194,6 +194,8 @@ pub(crate) struct Lead {
     pub(crate) rooms: watch::Sender<Rooms>,
     /// What its state is at entries that every lead comes by.
     pub(crate) checks: Checks,
+    /// The snapshot that another lead sends.
+    pub(crate) incoming: Incoming,
     /// Whether this lead is handing over, and takes no more changes.
     pub(crate) gives_way: AtomicBool,
     /// Who wants another lead to lead.

@@ -30,6 +30,7 @@ mod seal;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod trouble;
 
 use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
@@ -49,6 +50,7 @@ pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub(crate) use self::link::APPEND;
 pub use self::recover::{RecoverError, Recovery, Survivor};
+pub(crate) use self::transfer::Incoming;
 pub(crate) use self::trouble::Condemned;
 pub(crate) use self::trouble::{Cause, Trouble};
 pub use self::trouble::{Damaged, Flaw, Full};

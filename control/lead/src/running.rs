@@ -29,8 +29,8 @@ use crate::{
     members,
     once::Keys,
     raft::{
-        self, Cause, Compaction, Join, Member, Started, Timers, Trouble, network::Network,
-        propose::Proposer,
+        self, Cause, Compaction, Incoming, Join, Member, Started, Timers, Trouble,
+        network::Network, propose::Proposer,
     },
     replica::Replica,
     revoked, room,
@@ -122,6 +122,7 @@ impl Running {
             planned: watch::Sender::new(Planned::default()),
             rooms: watch::Sender::default(),
             checks,
+            incoming: Incoming::default(),
             gives_way: AtomicBool::new(false),
             drain: draining,
             proposing: tokio::sync::RwLock::default(),

@@ -74,7 +74,7 @@ async fn vote(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
 }
 
 async fn snapshot(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
-    write(&lead.raft.install_snapshot(read(&body)?).await)
+    write(&lead.incoming.take(&lead.raft, read(&body)?).await)
 }
 
 /// What a lead asks of the leader may change the Knowledge Base: who is no member asks only whether it is one.

@@ -17,12 +17,15 @@
 use std::{future::pending, time::Duration};
 
 use openraft::{
-    LogId, RaftNetwork, RaftNetworkFactory, Vote,
-    error::{Infallible, InstallSnapshotError, NetworkError, RPCError},
+    LogId, OptionalSend, RaftNetwork, RaftNetworkFactory, Snapshot, Vote,
+    error::{
+        Fatal, Infallible, InstallSnapshotError, NetworkError, RPCError, ReplicationClosed,
+        StreamingError,
+    },
     network::{Backoff, RPCOption},
     raft::{
         AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest,
-        InstallSnapshotResponse, VoteRequest, VoteResponse,
+        InstallSnapshotResponse, SnapshotResponse, VoteRequest, VoteResponse,
     },
 };
 use tokio::time::sleep;
@@ -31,6 +34,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     Member, Types, encode,
     network::{Failure, Network, Peer},
+    transfer::Way,
 };
 
 /// Where entries and heartbeats go.
@@ -214,6 +218,23 @@ impl RaftNetwork<Types> for Link {
         let limit = patience(PART, size.saturating_add(message.data.len()));
         let limit = limit.min(option.hard_ttl());
         self.peer.ask("/raft/v1/snapshot", &message, limit).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote<u64>,
+        snapshot: Snapshot<Types>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<u64>, StreamingError<Types, Fatal<u64>>> {
+        let (to, sent) = self.peer.progress();
+        let way = Way {
+            network: self,
+            to,
+            sent,
+            option,
+        };
+        way.send(vote, snapshot, cancel).await
     }
 
     async fn vote(

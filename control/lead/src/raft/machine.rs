@@ -18,7 +18,7 @@ use super::{
     checkpoint::Checks,
     decode,
     disk::{Disk, DiskError, Write, put},
-    encode,
+    encode, transfer,
 };
 use crate::replica::Replica;
 
@@ -215,9 +215,13 @@ impl RaftSnapshotBuilder<Types> for View {
         if let Some(last) = self.meta.last_log_id {
             self.checks.note(last, &data);
         }
-        let put = self.shelf.put(&self.meta, data.clone());
+        let meta = Meta {
+            snapshot_id: transfer::id(&self.meta.snapshot_id, &data),
+            ..self.meta.clone()
+        };
+        let put = self.shelf.put(&meta, data.clone());
         put.await.map_err(failed)?;
-        Ok(snapshot(self.meta.clone(), data))
+        Ok(snapshot(meta, data))
     }
 }
 

@@ -20,7 +20,7 @@ use http::{Method, Request, StatusCode};
 use openraft::error::{NetworkError, RPCError, RaftError, RemoteError, Unreachable};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Member, decode, encode};
+use super::{Member, decode, encode, transfer::Sent};
 use crate::{dial::DialError, world::Wire};
 
 /// Names the member that a message of openraft's is for, by its id.
@@ -75,6 +75,8 @@ fn refused(error: &(dyn std::error::Error + 'static)) -> bool {
 pub(crate) struct Network {
     wire: Arc<dyn Wire>,
     away: Arc<Mutex<BTreeSet<String>>>,
+    /// How far snapshots got.
+    sent: Sent,
 }
 
 impl Network {
@@ -82,6 +84,7 @@ impl Network {
         Self {
             wire,
             away: Arc::default(),
+            sent: Sent::default(),
         }
     }
 
@@ -175,6 +178,11 @@ pub(super) struct Peer {
 pub(super) type Failure<E> = RPCError<u64, Member, RaftError<u64, E>>;
 
 impl Peer {
+    /// Which member it is, and how far snapshots got that were sent to it.
+    pub(super) fn progress(&self) -> (u64, Sent) {
+        (self.id, self.network.sent.clone())
+    }
+
     /// Sends `message` and reads the answer.
     pub(super) async fn ask<Q, A, E>(
         &self,

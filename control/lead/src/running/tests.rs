@@ -29,6 +29,7 @@ mod agreement;
 mod large;
 mod plan;
 mod room;
+mod transfer;
 
 const NAMES: &[&str] = &["a", "b", "c"];
 const FIVE: &[&str] = &["a", "b", "c", "d", "e"];
