@@ -7,14 +7,14 @@
 //!
 //! Every value is sealed ([`seal`](super::seal)), and its seal is looked at whenever it is read; `end` is where the log ends, written
 //! with what it ends with.
-//! A write returns when it is on disk; only `committed` may be lost (it is found again from the leader). A database that is not
+//! A write returns when it is on disk; only `committed` may be lost (it goes with the next entries, and the leader knows it). A database that is not
 //! sound is refused, and left as it is ([`header`]).
 
 pub(crate) mod header;
 
 use std::{io, ops::RangeBounds, sync::Arc};
 
-use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, Table};
+use redb::{Builder, Database, ReadableDatabase, ReadableTable, Table};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::oneshot;
 
@@ -92,7 +92,6 @@ macro_rules! from_redb {
 from_redb!(
     redb::CommitError,
     redb::DatabaseError,
-    redb::SetDurabilityError,
     redb::StorageError,
     redb::TableError,
     redb::TransactionError
@@ -172,20 +171,11 @@ impl Disk {
 
     /// Carries out `writes` in one transaction; on disk when it returns.
     pub(crate) async fn write(&self, writes: Vec<Write>) -> Result<(), DiskError> {
-        self.blocking(writes, Durability::Immediate).await
-    }
-
-    /// Carries out `writes` without waiting for the disk.
-    pub(crate) async fn write_soon(&self, writes: Vec<Write>) -> Result<(), DiskError> {
-        self.blocking(writes, Durability::None).await
-    }
-
-    async fn blocking(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let disk = self.clone();
         let (done, written) = oneshot::channel();
         let work = move || {
             // Who asked may be gone.
-            let _ = done.send(disk.write_now(writes, durability));
+            let _ = done.send(disk.write_once(writes));
         };
         self.storage.run(Box::new(work)).await;
         written.await.map_err(|_| DiskError::Task)?
@@ -193,17 +183,12 @@ impl Disk {
 
     /// Like [`Disk::write`], for what runs alone.
     pub(super) fn write_once(&self, writes: Vec<Write>) -> Result<(), DiskError> {
-        self.write_now(writes, Durability::Immediate)
-    }
-
-    fn write_now(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
         let bytes = writes.iter().map(Write::size).sum();
-        self.noted(self.transact(writes, durability), bytes)
+        self.noted(self.transact(writes), bytes)
     }
 
-    fn transact(&self, writes: Vec<Write>, durability: Durability) -> Result<(), DiskError> {
+    fn transact(&self, writes: Vec<Write>) -> Result<(), DiskError> {
         let mut transaction = self.database.begin_write()?;
-        transaction.set_durability(durability)?;
         // With one phase redb takes a commit that fails its checksums for one that a crash cut short, and goes back to the
         // one before it: a damaged page would take a vote or an entry that was acknowledged.
         transaction.set_two_phase_commit(true);
@@ -321,7 +306,7 @@ impl Disk {
     /// Marks the data as this lead's.
     pub(crate) fn write_identity(&self, id: u64, name: &str) -> Result<(), DiskError> {
         let put = put("identity", &(id, name))?;
-        self.write_now(vec![put], Durability::Immediate)
+        self.write_once(vec![put])
     }
 }
 

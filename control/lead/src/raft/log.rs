@@ -33,6 +33,9 @@ pub(crate) struct LogStore {
     disk: Disk,
     /// What is on disk as well.
     recent: Arc<Mutex<Recent>>,
+    /// What is committed, and goes to disk with the next entries: it may be lost, and a write of its own for each entry would
+    /// be as much work as the entry.
+    committed: Arc<Mutex<Option<LogId<u64>>>>,
     stored: watch::Receiver<Stored>,
 }
 
@@ -42,8 +45,15 @@ impl LogStore {
         Self {
             disk,
             recent: Arc::default(),
+            committed: Arc::default(),
             stored,
         }
+    }
+
+    fn committed(&self) -> MutexGuard<'_, Option<LogId<u64>>> {
+        self.committed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn recent(&self) -> MutexGuard<'_, Recent> {
@@ -140,17 +150,15 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<LogId<u64>>) -> Result<()> {
-        let committed = put("committed", &committed).map_err(write_failed)?;
-        self.disk
-            .write_soon(vec![committed])
-            .await
-            .map_err(write_failed)
+        *self.committed() = committed;
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId<u64>>> {
-        let committed: Option<Option<LogId<u64>>> =
+        let on_disk: Option<Option<LogId<u64>>> =
             self.disk.get("committed").map_err(read_failed)?;
-        match committed.flatten() {
+        let waits = *self.committed();
+        match waits.or(on_disk.flatten()) {
             Some(committed) if self.is_at_hand(committed).map_err(read_failed)? => {
                 Ok(Some(committed))
             }
@@ -171,7 +179,12 @@ impl RaftLogStorage<Types> for LogStore {
             .collect();
         let rows = rows.map_err(write_failed)?;
         let sizes: Vec<_> = rows.iter().map(|(_, row)| row.len()).collect();
-        let written = self.disk.write(vec![Write::Append(rows)]).await;
+        let mut writes = vec![Write::Append(rows)];
+        let committed = *self.committed();
+        if committed.is_some() {
+            writes.push(put("committed", &committed).map_err(write_failed)?);
+        }
+        let written = self.disk.write(writes).await;
         if written.is_ok() {
             let mut recent = self.recent();
             for (entry, size) in entries.into_iter().zip(sizes) {
