@@ -31,7 +31,7 @@ use crate::{
 const TICK: Duration = Duration::from_millis(250);
 /// How long the loop rests after a round, at least and at the most: as long as the round took, so that planning a large
 /// mesh leaves the leader half of its time for changes, and those that come meanwhile are planned for together.
-const REST: [Duration; 2] = [Duration::from_millis(4), Duration::from_millis(50)];
+const REST: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
 /// How long applications are placed before what was found is proposed: it is soon enough for those that wait for it, and
 /// long beside what it takes to begin a part.
 const PART: Duration = Duration::from_millis(100);

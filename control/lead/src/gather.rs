@@ -10,7 +10,7 @@ use crate::raft::{self, propose::Done};
 /// How many askers may wait.
 pub(crate) const QUEUE: usize = 4096;
 /// How long the first job waits for others.
-const GATHER: Duration = Duration::from_millis(1);
+pub(crate) const GATHER: Duration = Duration::from_millis(1);
 /// What fills a batch; the last asker's commands may go beyond it.
 const BATCH: Size = Size {
     commands: 256,
@@ -34,7 +34,8 @@ impl Size {
         }
     }
 
-    fn is_full(self) -> bool {
+    /// Whether it fills a batch.
+    pub(crate) fn is_full(self) -> bool {
         self.commands >= BATCH.commands || self.bytes >= BATCH.bytes
     }
 }

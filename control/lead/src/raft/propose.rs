@@ -1,21 +1,24 @@
 //! The proposer: packs the commands that wait into one entry, and gives each asker its own outcomes.
 //!
-//! One entry is in flight at a time; what comes meanwhile is the next one, so that the slower the disk, the
-//! larger the entries, up to what a lead writes and reads in one go.
+//! What comes while an entry is in flight is the next one, so that the slower the disk, the larger the entries, up to what a
+//! lead writes and reads in one go. Two may be in flight, so that one is written here while the other is on its way; but a
+//! second that were smaller than the first would cost as much as it, and the next would be smaller still: it waits until
+//! as many ask.
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use control_core::command::{Batch, Command, Outcome};
+use futures::{StreamExt, stream::FuturesUnordered};
 use openraft::error::{ClientWriteError, RaftError};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::Raft;
 use crate::{
-    gather::{QUEUE, Size, gather, share},
+    gather::{GATHER, QUEUE, Size, share},
     world::Clock,
 };
 
@@ -108,26 +111,81 @@ impl Proposer {
     }
 }
 
-async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
-    while let Some(first) = queue.recv().await {
-        let mut commands = Vec::new();
-        let mut waiting = Vec::new();
-        for job in gather(first, &mut queue, |job| job.size).await {
-            waiting.push((job.commands.len(), job.reply));
-            commands.extend(job.commands);
-        }
-        let batch = Batch {
-            log_time_ms: clock.now_ms(),
-            commands,
+/// What waits to become an entry.
+#[derive(Default)]
+struct Waiting {
+    jobs: Vec<Job>,
+    size: Size,
+    /// When the first came.
+    since: Option<Instant>,
+}
+
+impl Waiting {
+    fn push(&mut self, job: Job) {
+        self.since.get_or_insert_with(Instant::now);
+        self.size += job.size;
+        self.jobs.push(job);
+    }
+
+    /// When it becomes an entry, if nothing else happens; `in_flight` are the askers of those that are.
+    fn due(&self, in_flight: &[usize]) -> Option<Instant> {
+        let is_full = self.size.is_full();
+        let is_due = match in_flight {
+            [] => true,
+            [one] => is_full || self.jobs.len() >= *one,
+            _ => false,
         };
-        let committed = timeout(COMMIT, log.commit(batch)).await;
-        let committed = committed.unwrap_or(Err(ProposeError::Unknown));
-        let committed = committed.map(|(index, outcomes)| Done { index, outcomes });
-        for (reply, own) in share(waiting, committed) {
-            // An asker that went away needs no answer.
-            let _ = reply.send(own);
+        let since = self.since.filter(|_| is_due)?;
+        Some(if is_full { since } else { since + GATHER })
+    }
+}
+
+async fn run(log: Arc<impl Log>, clock: Clock, mut queue: mpsc::Receiver<Job>) {
+    let mut waiting = Waiting::default();
+    let mut in_flight = FuturesUnordered::new();
+    let mut askers: Vec<usize> = Vec::new();
+    loop {
+        let due = waiting.due(&askers);
+        tokio::select! {
+            biased;
+            Some(count) = in_flight.next() => {
+                let at = askers.iter().position(|it| *it == count);
+                at.map(|at| askers.swap_remove(at));
+            }
+            job = queue.recv(), if !waiting.size.is_full() => match job {
+                Some(job) => waiting.push(job),
+                None => return,
+            },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                let jobs = mem::take(&mut waiting).jobs;
+                askers.push(jobs.len());
+                in_flight.push(carry(&*log, &clock, jobs));
+            }
         }
     }
+}
+
+/// Commits one entry and tells the askers; how many they were.
+async fn carry(log: &impl Log, clock: &Clock, jobs: Vec<Job>) -> usize {
+    let count = jobs.len();
+    let mut commands = Vec::new();
+    let mut waiting = Vec::new();
+    for job in jobs {
+        waiting.push((job.commands.len(), job.reply));
+        commands.extend(job.commands);
+    }
+    let batch = Batch {
+        log_time_ms: clock.now_ms(),
+        commands,
+    };
+    let committed = timeout(COMMIT, log.commit(batch)).await;
+    let committed = committed.unwrap_or(Err(ProposeError::Unknown));
+    let committed = committed.map(|(index, outcomes)| Done { index, outcomes });
+    for (reply, own) in share(waiting, committed) {
+        // An asker that went away needs no answer.
+        let _ = reply.send(own);
+    }
+    count
 }
 
 #[cfg(test)]
@@ -144,6 +202,8 @@ mod tests {
 
     /// Commits when it is let; refuses every command that forgets a cluster.
     struct FakeLog {
+        /// How many entries came.
+        asked: AtomicU64,
         let_through: Semaphore,
         sizes: Mutex<Vec<usize>>,
         index: AtomicU64,
@@ -151,6 +211,7 @@ mod tests {
 
     impl Log for FakeLog {
         async fn commit(&self, batch: Batch) -> Result<(u64, Vec<Outcome>), ProposeError> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
             self.let_through.acquire().await.unwrap().forget();
             self.sizes.lock().unwrap().push(batch.commands.len());
             let outcome = |command: &Command| match command {
@@ -166,6 +227,7 @@ mod tests {
 
     fn fake() -> Arc<FakeLog> {
         Arc::new(FakeLog {
+            asked: AtomicU64::default(),
             let_through: Semaphore::new(0),
             sizes: Mutex::default(),
             index: AtomicU64::new(1),
@@ -201,6 +263,40 @@ mod tests {
         let sizes = log.sizes.lock().unwrap().clone();
         assert_eq!(sizes.iter().sum::<usize>(), 150);
         assert!(sizes.len() <= 5, "{sizes:?}");
+        task.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_entry_is_in_flight_once_as_many_ask_for_it_and_no_third() {
+        let log = fake();
+        let (proposer, task) = Proposer::new(log.clone(), Clock::default());
+        let task = tokio::spawn(task);
+        let mut asking = tokio::task::JoinSet::new();
+        let mut ask = |count: usize| {
+            for _ in 0..count {
+                let proposer = proposer.clone();
+                asking.spawn(async move { proposer.propose(vec![Command::Tick]).await });
+            }
+        };
+        let in_flight = || async {
+            tokio::time::sleep(10 * GATHER).await;
+            log.asked.load(Ordering::Relaxed)
+        };
+        ask(4);
+        assert_eq!(in_flight().await, 1);
+        ask(3);
+        assert_eq!(in_flight().await, 1);
+        ask(1);
+        assert_eq!(in_flight().await, 2);
+        ask(20);
+        assert_eq!(in_flight().await, 2);
+        log.let_through.add_permits(1);
+        assert_eq!(in_flight().await, 3);
+        log.let_through.add_permits(2);
+        while let Some(done) = asking.join_next().await {
+            assert!(done.unwrap().is_ok());
+        }
+        assert_eq!(*log.sizes.lock().unwrap(), [4, 4, 20]);
         task.abort();
     }
 
