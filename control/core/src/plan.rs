@@ -164,6 +164,8 @@ struct Wants {
     outdated: Vec<Slot>,
     /// How many are on their way.
     moving: usize,
+    /// Whether it may become another with time: something runs, moves, or waits for what ran.
+    ages: bool,
 }
 
 impl Wants {
@@ -184,15 +186,18 @@ fn wants(
     let mut task = Task::default();
     let mut outdated = Vec::new();
     let mut moving = 0;
+    let mut ages = false;
     for (service, goal) in &state.spec.services {
         let service = app.service(service);
         for slot in (0..goal.replicas).map(|instance| service.slot(instance)) {
             if kb.migrating(&slot).is_some() {
-                moving += 1;
+                (moving, ages) = (moving + 1, true);
                 continue;
             }
             let fenced = kb.fence_wait(&slot, now_ms) == 0;
-            match kb.live(&slot) {
+            let live = kb.live(&slot);
+            ages |= !fenced || live.is_some();
+            match live {
                 None if fenced => _ = task.pending.insert(slot),
                 None => {}
                 Some((_, binding)) => match broken(kb, inputs, binding, now_ms) {
@@ -232,6 +237,7 @@ fn wants(
         task,
         outdated,
         moving,
+        ages,
     }
 }
 
@@ -245,6 +251,7 @@ fn place_application(
         task,
         outdated,
         moving,
+        ages: _,
     } = wants;
     let now_ms = view.now_ms();
     let answer = if task.pending.is_empty() && task.movable.is_empty() {

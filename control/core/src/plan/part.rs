@@ -131,6 +131,9 @@ pub(super) fn restless(
         let Some((app, state)) = applications.next() else {
             break;
         };
+        if tried.knows(app, (facts, now_ms), state.generation) {
+            continue;
+        }
         let wants = wants((kb, inputs, now_ms), (app, state));
         if !wants.is_at_rest() && !tried.holds(app, (facts, now_ms), (state.generation, &wants)) {
             slots += wants.len();

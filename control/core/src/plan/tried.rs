@@ -59,14 +59,28 @@ impl Tried {
     pub(super) fn holds(
         &self,
         app: &AppName,
-        (facts, now_ms): (u64, u64),
+        when: (u64, u64),
         (generation, wants): (u64, &Wants),
     ) -> bool {
-        self.attempts.get(app).is_some_and(|it| {
-            it.facts == facts
-                && it.generation == generation
-                && it.wants == *wants
-                && it.is_recent(now_ms, self.lasts_ms)
+        let last = self.last(app, when, generation);
+        last.is_some_and(|it| it.wants == *wants)
+    }
+
+    /// The same, known without a look at what it wants: where nothing of it runs, that is what it was.
+    pub(super) fn knows(&self, app: &AppName, when: (u64, u64), generation: u64) -> bool {
+        let last = self.last(app, when, generation);
+        last.is_some_and(|it| !it.wants.ages)
+    }
+
+    /// The last attempt, if nothing that it went by has changed.
+    fn last(
+        &self,
+        app: &AppName,
+        (facts, now_ms): (u64, u64),
+        generation: u64,
+    ) -> Option<&Attempt> {
+        self.attempts.get(app).filter(|it| {
+            it.facts == facts && it.generation == generation && it.is_recent(now_ms, self.lasts_ms)
         })
     }
 }
