@@ -12,6 +12,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use weft_lead::{Options, REQUESTS, Timers};
 
+use crate::heap;
+
 /// Threads of a daemon: enough that one may wait for the disk; more would only cost memory.
 const THREADS: usize = 2;
 
@@ -86,6 +88,7 @@ impl Daemon {
             reserve: self.disk_reserve.map(Bytes::get),
             requests_per_second: self.requests_per_second,
         };
+        heap::keep();
         runtime()?.block_on(async {
             let shutdown = CancellationToken::new();
             end_on_signal(shutdown.clone())?;

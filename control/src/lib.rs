@@ -1,7 +1,7 @@
 //! The `weft` command: its daemons, and the CLI on the control API.
 //!
 //! Exit codes: 0 done, 1 it did not work, 2 wrong use, 65 a lead cannot use its data any more. Logs go to standard error, answers to standard output.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod agent;
 mod authority;
@@ -10,6 +10,7 @@ mod client;
 mod clusters;
 mod daemon;
 mod flows;
+mod heap;
 mod leads;
 mod node_door;
 mod quota;

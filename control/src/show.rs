@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{Table, presets};
 use control_api::http::{
     Application, ApplyResponse, ApplyResult, AuditEntry, Binding, Cluster, Explained, Lead,
-    LeadAdded, LeadDisk, LeadState, List, Migration, Node, Quota, Revocation, Service, Status, Token,
+    LeadAdded, LeadDisk, LeadState, List, Migration, Node, Quota, Revocation, Service, Status,
+    Token,
 };
 use control_core::goal::Bytes;
 use control_core::placement::{Decision, Lost, Parts, Verdict};
