@@ -50,10 +50,10 @@ pub(crate) struct Daemon {
     /// How long a cluster may be silent before it is lost; counts on the first start.
     #[arg(long, default_value = "10s", value_parser = duration)]
     lease: Duration,
-    /// Time between two heartbeats of the leader, and the limit of one.
+    /// Time between two heartbeats of the leader, and the limit of one; at least this long, and longer where the leads are far apart.
     #[arg(long, default_value = "250ms", value_parser = duration)]
     heartbeat: Duration,
-    /// How long a lead believes in a silent leader before it stands for election; at least three heartbeats.
+    /// How long a lead believes in a silent leader before it stands for election; at least this long, and three heartbeats.
     #[arg(long, default_value = "750ms", value_parser = duration)]
     election: Duration,
     /// How much of its disk is not for changes: with less free it lets another lead, and where no majority has more, changes are

@@ -275,6 +275,8 @@ impl Rows for Lead {
         "VERSION",
         "DISK",
         "STATE",
+        "RTT",
+        "ELECTION",
         "AUTHORITIES",
         "SIGNS UNTIL",
     ];
@@ -291,6 +293,8 @@ impl Rows for Lead {
             or_dash(self.version.as_ref()),
             or_dash(self.disk.map(disk)),
             or_dash(self.state.as_ref().map(state)),
+            or_dash(self.timers.and_then(|it| it.rtt_us).map(rtt)),
+            or_dash(self.timers.map(|it| format!("{} ms", it.election_ms))),
             or_dash(authorities(&self.authorities)),
             or_dash(self.issuer_ends_ms.map(moment)),
         ]
@@ -310,6 +314,10 @@ fn disk(disk: LeadDisk) -> String {
         true => format!("{free}, short"),
         false => free.to_string(),
     }
+}
+
+fn rtt(us: u64) -> String {
+    format!("{}.{} ms", us / 1_000, us % 1_000 / 100)
 }
 
 /// The beginning of each fingerprint, which is enough to tell them apart.

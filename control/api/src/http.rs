@@ -446,6 +446,9 @@ pub struct Lead {
     /// Its state at the last entry at which the leads compare theirs; nothing before the first, or from an older lead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<LeadState>,
+    /// Its timers; nothing from a lead that does not answer, or is older.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timers: Option<LeadTimers>,
     /// The authorities whose certificates it accepts, the one that signs first: SHA-256, hexadecimal digits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub authorities: Vec<String>,
@@ -477,6 +480,17 @@ pub struct LeadDisk {
     pub reserve_bytes: u64,
     /// Whether there is too little: with too few leads that have room, changes are refused.
     pub is_short: bool,
+}
+
+/// How long a lead waits for the others, which follows how far they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LeadTimers {
+    /// The longest of its round-trip times to the other leads, microseconds; nothing while none is measured.
+    pub rtt_us: Option<u64>,
+    /// Between two heartbeats, and the limit of one, milliseconds.
+    pub heartbeat_ms: u64,
+    /// How long it believes in a silent leader, milliseconds.
+    pub election_ms: u64,
 }
 
 /// A wish for one lead more, or for another in the place of one.

@@ -94,12 +94,12 @@ pub(crate) async fn watch(lead: Arc<Lead>) {
             true => LEADS,
             false => FOLLOWS,
         };
-        let now = contact.is_kept(at, lead.timers.lease());
+        let now = contact.is_kept(at, lead.pace.lease());
         let changed = |known: &mut bool| std::mem::replace(known, now) != now;
         if lead.in_touch.send_if_modified(changed) && !now {
             tracing::warn!("out of touch with the other leads: streams are closed");
         }
-        sleep(lead.timers.lease() / 3).await;
+        sleep(lead.pace.lease() / 3).await;
     }
 }
 
@@ -108,9 +108,9 @@ pub(crate) async fn watch(lead: Arc<Lead>) {
 pub(crate) async fn removed(lead: &Lead, introduced: &[Member]) {
     let start = Instant::now();
     loop {
-        sleep(lead.timers.lease()).await;
+        sleep(lead.pace.lease()).await;
         let unheard = lead.unheard().await.unwrap_or_else(|| start.elapsed());
-        if unheard < LONG_SILENCE * lead.timers.lease() {
+        if unheard < LONG_SILENCE * lead.pace.lease() {
             continue;
         }
         let ask = Ask::Seat(SeatOf::Id(lead.id));

@@ -13,7 +13,6 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use openraft::ServerState;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{sleep, timeout},
@@ -124,14 +123,14 @@ impl Lead {
         let hand_over = HandOver {
             raft: &self.raft,
             network: &self.network,
-            timers: self.timers,
+            pace: &self.pace,
             id: self.id,
             term,
             alive,
         };
         let _gives_way = GivesWay::new(&self.gives_way);
         // What is on its way into the log is written first: an heir that has not got it could not win.
-        let written = timeout(self.timers.lease(), self.proposing.write()).await;
+        let written = timeout(self.pace.lease(), self.proposing.write()).await;
         let heir = match written.map(drop) {
             Ok(()) => hand_over.run().await,
             Err(_) => None,
@@ -140,13 +139,7 @@ impl Lead {
             return Ok(heir);
         }
         // One that goes on leading has a lease to hear a majority again, before it is held to that.
-        let mut metrics = self.raft.metrics();
-        let lease_ms = self.timers.lease_ms;
-        let is_heard = metrics.wait_for(|metrics| {
-            let heard = metrics.millis_since_quorum_ack;
-            metrics.state != ServerState::Leader || heard.is_some_and(|ms| ms <= lease_ms)
-        });
-        let _ = timeout(self.timers.lease(), is_heard).await;
+        let _ = timeout(self.pace.lease(), self.hear_majority()).await;
         Err(MemberError::NoHeir(self.name.clone()).into())
     }
 }

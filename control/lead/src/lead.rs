@@ -32,7 +32,7 @@ use crate::{
     members::ABOUT_LEASES,
     once::{Keys, is_note},
     raft::{
-        Incoming, Member, Raft, Timers,
+        Grants, Incoming, Member, Pace, Raft,
         checkpoint::Checks,
         election::Election,
         members::{MemberError, Seat},
@@ -100,13 +100,13 @@ impl Ask {
     }
 
     /// How long the leader may take to answer.
-    fn limit(&self, timers: Timers) -> Duration {
+    fn limit(&self, lease: Duration) -> Duration {
         let leases = match self {
             Self::HandOver { .. } => drain::LEASES,
             Self::Dismiss { .. } => ABOUT_LEASES + drain::LEASES,
             _ => 0,
         };
-        ANSWER + leases * timers.lease()
+        ANSWER + leases * lease
     }
 }
 
@@ -183,7 +183,7 @@ pub(crate) struct Lead {
     pub(crate) network: Network,
     /// What goes to the leader together with others.
     pub(crate) courier: Courier,
-    pub(crate) timers: Timers,
+    pub(crate) pace: Pace,
     pub(crate) clock: Clock,
     pub(crate) aside: Aside,
     pub(crate) election: Election,
@@ -284,7 +284,7 @@ impl Lead {
         leader: &Member,
         ask: &Ask,
     ) -> Result<Result<Answer, AskError>, PostError> {
-        let limit = ask.limit(self.timers);
+        let limit = ask.limit(self.pace.lease());
         self.network.post(leader, ASK, ask, limit).await
     }
 
@@ -461,10 +461,9 @@ impl Lead {
             && is_up_to_date(metrics.last_applied, metrics.current_term, self.began_at)
     }
 
-    /// Whether a majority acknowledged this leader so lately that no other can have been elected and then
-    /// waited a lease.
+    /// Whether a majority promised this leader so lately to elect no other that no other can have been elected.
     pub(crate) fn has_majority(&self) -> bool {
-        hears_majority(&self.raft.metrics().borrow(), self.timers)
+        holds_lease(&self.raft.metrics().borrow(), &self.network.grants)
     }
 
     /// Waits until [`Lead::has_majority`], this lead leads no more, or it took too long: who was itself held up hears
@@ -472,7 +471,7 @@ impl Lead {
     pub(crate) async fn hear_majority(&self) {
         let mut metrics = self.raft.metrics();
         let heard = metrics.wait_for(|metrics| {
-            metrics.state != ServerState::Leader || hears_majority(metrics, self.timers)
+            metrics.state != ServerState::Leader || holds_lease(metrics, &self.network.grants)
         });
         // Who proposes looks at what came of it.
         let _ = timeout(CONFIRM, heard).await;
@@ -515,11 +514,11 @@ impl Lead {
     }
 }
 
-/// Whether a majority acknowledged the leader within a lease.
-fn hears_majority(metrics: &RaftMetrics<u64, Member>, timers: Timers) -> bool {
-    let alone = metrics.membership_config.voter_ids().count() <= 1;
-    let since = metrics.millis_since_quorum_ack;
-    alone || since.is_some_and(|ms| ms <= timers.lease_ms)
+/// Whether the leader that `metrics` are of holds its lease.
+fn holds_lease(metrics: &RaftMetrics<u64, Member>, grants: &Grants) -> bool {
+    let membership = metrics.membership_config.membership();
+    let voters = membership.get_joint_config();
+    grants.are_held(metrics.vote, metrics.id, voters, Instant::now())
 }
 
 /// Whether a leader of `term` that has applied `applied` knows all that was acknowledged before: an entry of its

@@ -31,6 +31,7 @@ mod leases;
 mod members;
 mod once;
 mod problem;
+mod pulse;
 mod raft;
 mod replacement;
 mod replica;

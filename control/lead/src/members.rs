@@ -43,6 +43,7 @@ impl Lead {
             applied: self.replica.applied(),
             room: self.rooms.borrow().own,
             checkpoints: Some(self.checks.known()),
+            pace: Some(self.pace.told()),
             authorities: self
                 .revoked
                 .get()
@@ -56,7 +57,7 @@ impl Lead {
         if id == self.id {
             return Some(self.about());
         }
-        let limit = ABOUT_LEASES * self.timers.lease();
+        let limit = ABOUT_LEASES * self.pace.lease();
         let answer = self.network.post::<_, About>(member, ABOUT, &(), limit);
         answer.await.ok().filter(|about| about.id == id)
     }
@@ -231,7 +232,7 @@ fn moving(roll: &Roll) -> String {
 /// Raises the mesh's feature level once every lead has it; runs until the task is dropped.
 pub(crate) async fn upgrade(lead: Arc<Lead>) {
     loop {
-        sleep(lead.timers.lease()).await;
+        sleep(lead.pace.lease()).await;
         let level = lead
             .replica
             .read(|base| base.mesh.as_ref().map(|_| base.level));

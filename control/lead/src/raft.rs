@@ -23,6 +23,8 @@ mod log;
 mod machine;
 pub(crate) mod members;
 pub(crate) mod network;
+mod pace;
+mod promise;
 pub(crate) mod propose;
 mod recent;
 mod recover;
@@ -30,10 +32,13 @@ mod seal;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod timers;
 mod transfer;
 mod trouble;
+mod voter;
+mod ways;
 
-use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io::Cursor, net::SocketAddr, sync::Arc};
 
 use control_core::command::Outcome;
 use openraft::{
@@ -49,14 +54,17 @@ pub(crate) use self::handover::{HandOver, PATH as STAND, Stand};
 pub use self::join::Join;
 pub(crate) use self::join::PATH as SEAT;
 pub(crate) use self::link::APPEND;
+pub(crate) use self::pace::{PULSE, Pace, Paced, Pulse};
+pub(crate) use self::promise::Grants;
 pub use self::recover::{RecoverError, Recovery, Survivor};
+pub use self::timers::Timers;
 pub(crate) use self::transfer::Incoming;
 pub(crate) use self::trouble::Condemned;
 pub(crate) use self::trouble::{Cause, Trouble};
 pub use self::trouble::{Damaged, Flaw, Full};
 use self::{
     audit::audit, checkpoint::Checks, disk::Disk, election::Election, log::LogStore,
-    machine::Machine, network::Network, shared::SharedBatch,
+    machine::Machine, network::Network, shared::SharedBatch, voter::Voter,
 };
 use crate::{replica::Replica, world::Storage};
 
@@ -98,40 +106,6 @@ impl Member {
 impl Default for Member {
     fn default() -> Self {
         Self::new("", SocketAddr::from(([0, 0, 0, 0], 0)))
-    }
-}
-
-/// How long the group waits before it thinks that something is wrong.
-///
-/// A lead grants the leader a lease with every message. When it heard nothing for that long it stands for election,
-/// one `stagger` later for each lead that comes before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timers {
-    /// Between two heartbeats, and the limit of one, milliseconds.
-    pub heartbeat_ms: u64,
-    /// How long a lead believes in a silent leader, milliseconds; at least three heartbeats.
-    pub lease_ms: u64,
-}
-
-impl Timers {
-    /// How long a lead believes in a silent leader: the soonest that another can be elected.
-    pub(crate) fn lease(self) -> Duration {
-        Duration::from_millis(self.lease_ms)
-    }
-
-    /// Between two candidates: long enough for a canvass and a vote.
-    pub(crate) fn stagger(self) -> Duration {
-        Duration::from_millis(self.heartbeat_ms / 2)
-    }
-}
-
-impl Default for Timers {
-    /// For leads a LAN apart: a lost leader is replaced within 0.75 to 1 s.
-    fn default() -> Self {
-        Self {
-            heartbeat_ms: 250,
-            lease_ms: 750,
-        }
     }
 }
 
@@ -246,7 +220,7 @@ impl From<Cause> for StartError {
 pub(crate) struct Start<'a> {
     pub(crate) name: &'a str,
     pub(crate) storage: Arc<dyn Storage>,
-    pub(crate) timers: Timers,
+    pub(crate) pace: Pace,
     pub(crate) compaction: Compaction,
     /// Every lead of the group; only read on a first start.
     pub(crate) peers: &'a BTreeMap<String, SocketAddr>,
@@ -299,7 +273,7 @@ pub(crate) async fn start(
         }
         known => known?,
     };
-    let config = config(start.timers, start.compaction)?;
+    let config = config(start.pace.base(), start.compaction)?;
     let failed = |error: &dyn std::fmt::Display| match trouble.cause() {
         Some(cause) => cause.into(),
         None => StartError::Raft(error.to_string()),
@@ -324,11 +298,15 @@ pub(crate) async fn start(
             .await
             .map_err(|error| failed(&error))?;
     }
+    let least = start.pace.base().lease();
+    let voter = Voter::new(raft.clone(), disk, least, fresh);
+    let voter = voter.map_err(|source| StartError::Disk { dir, source })?;
     let election = Election {
         raft: raft.clone(),
         network,
         log,
-        timers: start.timers,
+        voter,
+        pace: start.pace,
         id,
     };
     Ok(Started {
@@ -402,10 +380,13 @@ fn config(timers: Timers, compaction: Compaction) -> Result<Config, StartError> 
             lease_ms,
         });
     }
+    let longest = timers.longest_heartbeat().as_millis();
     let config = Config {
         cluster_name: "weft".to_owned(),
-        heartbeat_interval: heartbeat_ms,
-        // openraft's vote lease is its longest timeout; its own elections are off.
+        // Its own heartbeats are off, so that this is only the most that a message may take; less is up to the link.
+        heartbeat_interval: u64::try_from(longest).unwrap_or(u64::MAX),
+        enable_heartbeat: false,
+        // openraft's vote lease is its longest timeout, the least that a voter waits; its own elections are off.
         election_timeout_min: lease_ms - 1,
         election_timeout_max: lease_ms,
         enable_elect: false,
@@ -415,7 +396,6 @@ fn config(timers: Timers, compaction: Compaction) -> Result<Config, StartError> 
         max_in_snapshot_log_to_keep: compaction.keep,
         ..Config::default()
     };
-    Ok(config
-        .validate()
-        .expect("the timeouts are above the heartbeat, and the limits are not zero"))
+    // Not validated: it wants timeouts above the heartbeat, neither of which it times here.
+    Ok(config)
 }

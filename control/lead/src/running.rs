@@ -28,8 +28,9 @@ use crate::{
     leases::Leases,
     members,
     once::Keys,
+    pulse,
     raft::{
-        self, Cause, Compaction, Incoming, Join, Member, Started, Timers, Trouble,
+        self, Cause, Compaction, Incoming, Join, Member, Pace, Started, Timers, Trouble,
         network::Network, propose::Proposer,
     },
     replica::Replica,
@@ -82,12 +83,13 @@ impl Running {
     ) -> Result<Self, StartError> {
         let (storage, reserve) = (world.storage.clone(), settings.reserve);
         room::watch::await_room(&storage, reserve).await;
-        let network = Network::new(world.wire);
+        let pace = Pace::new(settings.timers);
+        let network = Network::new(world.wire, pace.clone());
         let replica = Arc::new(Replica::default());
         let start = raft::Start {
             name: &settings.name,
             storage: world.storage,
-            timers: settings.timers,
+            pace: pace.clone(),
             compaction: settings.compaction,
             peers: &settings.peers,
             join: &settings.join,
@@ -112,7 +114,7 @@ impl Running {
             proposer,
             network,
             courier,
-            timers: settings.timers,
+            pace: pace.clone(),
             keys: Keys::new(world.clock.now_ms()),
             clock: world.clock,
             aside: world.aside,
@@ -132,9 +134,17 @@ impl Running {
             issuer: OnceLock::new(),
             began_at,
         });
+        let introduced = settings.peers.iter().chain(&settings.join.leads);
+        let introduced: Vec<_> = introduced
+            .filter(|(name, _)| **name != lead.name)
+            .map(|(name, address)| Member::new(name, *address))
+            .collect();
         let tasks = TaskTracker::new();
+        let measuring = pulse::run(lead.clone(), introduced.clone());
+        tasks.spawn(until(shutdown.clone(), measuring));
         tasks.spawn(until(shutdown.clone(), proposing));
         tasks.spawn(until(shutdown.clone(), carrying));
+        tasks.spawn(until(shutdown.clone(), pace.beat(lead.raft.clone())));
         tasks.spawn(until(shutdown.clone(), election.run()));
         tasks.spawn(until(shutdown.clone(), members::steward(lead.clone())));
         tasks.spawn(until(shutdown.clone(), members::upgrade(lead.clone())));
@@ -146,11 +156,6 @@ impl Running {
         tasks.spawn(until(shutdown.clone(), looking));
         let control = control::run(lead.clone(), settings.mesh);
         tasks.spawn(until(shutdown.clone(), control));
-        let introduced = settings.peers.iter().chain(&settings.join.leads);
-        let introduced = introduced
-            .filter(|(name, _)| **name != lead.name)
-            .map(|(name, address)| Member::new(name, *address))
-            .collect();
         Ok(Self {
             lead,
             trouble,

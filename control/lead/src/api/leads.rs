@@ -5,7 +5,8 @@ use axum::{
     extract::{Path, State, rejection::JsonRejection},
 };
 use control_api::http::{
-    Changed, Drained, Lead as Shown, LeadAdded, LeadDisk, LeadRequest, LeadState, List, Problem,
+    Changed, Drained, Lead as Shown, LeadAdded, LeadDisk, LeadRequest, LeadState, LeadTimers, List,
+    Problem,
 };
 use netmanager_api::identity::is_label;
 
@@ -16,6 +17,7 @@ use crate::{
     once::note,
     problem::Refusal,
     raft::{
+        Paced,
         checkpoint::Checkpoints,
         members::{About, MemberError, Seat},
     },
@@ -38,6 +40,7 @@ fn show(seat: &Seat, all: &[Seat]) -> Shown {
         applied_index: seat.about.as_ref().map(|about| about.applied),
         version: seat.about.as_ref().map(|about| about.version.clone()),
         disk: seat.about.as_ref().and_then(|about| about.room).map(disk),
+        timers: seat.about.as_ref().and_then(|about| about.pace).map(timers),
         issuer_ends_ms: seat.about.as_ref().and_then(|about| about.issuer_ends_ms),
         state: seat.about.as_ref().and_then(|about| state(about, all)),
         authorities: seat
@@ -63,6 +66,14 @@ fn state(about: &About, all: &[Seat]) -> Option<LeadState> {
         hash: last.hash.clone(),
         differs: others.any(differs),
     })
+}
+
+fn timers(pace: Paced) -> LeadTimers {
+    LeadTimers {
+        rtt_us: pace.rtt_us,
+        heartbeat_ms: pace.heartbeat_ms,
+        election_ms: pace.lease_ms,
+    }
 }
 
 fn disk(room: Room) -> LeadDisk {

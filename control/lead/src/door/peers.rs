@@ -1,12 +1,12 @@
 //! The door's part for the other leads: openraft's messages, and asks for the leader.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Extension, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Request, State},
-    http::StatusCode,
+    http::{HeaderMap, StatusCode},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::post,
@@ -17,7 +17,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     lead::{Answer, Ask, AskError, Lead, SeatOf},
     members,
-    raft::{APPEND, SEAT, STAND, Stand, decode, election, encode, network::TO},
+    raft::{
+        APPEND, PULSE, SEAT, STAND, Stand, decode, election, encode,
+        network::{LEASE, TO},
+    },
 };
 
 /// The largest message of a lead, bytes.
@@ -36,6 +39,7 @@ pub(crate) fn routes(lead: Arc<Lead>) -> Router {
         .route("/raft/v1/ask", post(ask))
         .route(SEAT, post(seat))
         .route(members::ABOUT, post(about))
+        .route(PULSE, post(pulse))
         .layer(DefaultBodyLimit::max(LIMIT))
         .with_state(lead)
 }
@@ -61,8 +65,18 @@ fn write<T: Serialize>(answer: &T) -> Reply {
     encode(answer).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
-async fn append(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
-    write(&lead.raft.append_entries(read(&body)?).await)
+async fn append(State(lead): State<Arc<Lead>>, headers: HeaderMap, body: Bytes) -> Reply {
+    let answer = lead.election.voter.append(read(&body)?, lease(&headers));
+    match answer.await {
+        Ok(answer) => write(&answer),
+        Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+/// The lease that a leader asks for; an older one does not say.
+fn lease(headers: &HeaderMap) -> Option<Duration> {
+    let ms = headers.get(LEASE)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_millis(ms))
 }
 
 async fn canvass(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
@@ -70,7 +84,7 @@ async fn canvass(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
 }
 
 async fn vote(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
-    write(&lead.raft.vote(read(&body)?).await)
+    write(&lead.election.voter.vote(read(&body)?).await)
 }
 
 async fn snapshot(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
@@ -109,6 +123,10 @@ async fn seat(State(lead): State<Arc<Lead>>, body: Bytes) -> Reply {
         Err(error) => Err(error),
     };
     write(&answer)
+}
+
+async fn pulse(State(lead): State<Arc<Lead>>) -> Reply {
+    write(&lead.pace.pulse(lead.id))
 }
 
 async fn about(State(lead): State<Arc<Lead>>) -> Reply {

@@ -17,6 +17,7 @@ use super::{
     Member, decode,
     disk::{Disk, DiskError, END, ODD},
     trouble::Flaw,
+    voter::PROMISE,
 };
 
 /// An entry without what it is about.
@@ -100,6 +101,7 @@ pub(super) fn audit(disk: &Disk) -> Result<(), DiskError> {
         let vote: Option<Vote<u64>> = disk.get("vote")?;
         let purged: Option<LogId<u64>> = disk.get("purged")?;
         let _: Option<Option<LogId<u64>>> = disk.get("committed")?;
+        let _: Option<u64> = disk.get(PROMISE)?;
         let meta: Option<SnapshotMeta<u64, Member>> = disk.get("snapshot_meta")?;
         let data = disk.get_bytes("snapshot_data")?;
         let end: Option<u64> = disk.get(END)?;

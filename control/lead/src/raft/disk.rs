@@ -3,7 +3,7 @@
 //! | table | key | value |
 //! |---|---|---|
 //! | log | index | entry |
-//! | values | `vote`, `purged`, `end`, `committed`, `identity`, `snapshot_meta`, `snapshot_data`, `odd` | itself |
+//! | values | `vote`, `promise`, `purged`, `end`, `committed`, `identity`, `snapshot_meta`, `snapshot_data`, `odd` | itself |
 //!
 //! Every value is sealed ([`seal`](super::seal)), and its seal is looked at whenever it is read; `end` is where the log ends, written
 //! with what it ends with.

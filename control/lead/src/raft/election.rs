@@ -17,7 +17,7 @@ use openraft::{LogId, ServerState, storage::RaftLogStorage};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
-use super::{Member, Raft, Timers, log::LogStore, network::Network};
+use super::{Member, Pace, Raft, log::LogStore, network::Network, timers::Tempo, voter::Voter};
 
 /// Would you vote for me?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,10 +48,10 @@ fn majority(voters: usize) -> usize {
     voters / 2 + 1
 }
 
-/// How long a candidate waits from now: the rest of the lease, and its place in the queue.
-fn wait(silent: Option<Duration>, rank: u32, timers: Timers) -> Duration {
-    let lease = timers.lease();
-    lease.saturating_sub(silent.unwrap_or(lease)) + timers.stagger() * rank
+/// How long a candidate waits from now: the rest of the lease and of what it promised, and its place in the queue.
+fn wait(silent: Option<Duration>, bound: Duration, rank: u32, tempo: Tempo) -> Duration {
+    let rest = tempo.lease.saturating_sub(silent.unwrap_or(tempo.lease));
+    rest.max(bound) + tempo.stagger * rank
 }
 
 /// This lead's part in the elections.
@@ -60,7 +60,8 @@ pub(crate) struct Election {
     pub(super) raft: Raft,
     pub(super) network: Network,
     pub(super) log: LogStore,
-    pub(super) timers: Timers,
+    pub(crate) voter: Voter,
+    pub(super) pace: Pace,
     pub(super) id: u64,
 }
 
@@ -68,8 +69,10 @@ impl Election {
     /// Answers a candidate.
     pub(crate) async fn answer(&self, canvass: Canvass) -> bool {
         match self.standing().await {
-            Some(standing) => says_yes(standing, canvass, self.timers.lease()),
-            None => false,
+            Some(standing) if self.voter.is_bound_for().await.is_zero() => {
+                says_yes(standing, canvass, self.pace.lease())
+            }
+            _ => false,
         }
     }
 
@@ -77,30 +80,39 @@ impl Election {
     pub(crate) async fn run(self) {
         while let Some(standing) = self.standing().await {
             let rank = self.rank();
-            sleep(wait(standing.silent, rank.unwrap_or(0), self.timers)).await;
+            let bound = self.voter.is_bound_for().await;
+            let place = rank.unwrap_or(0);
+            sleep(wait(standing.silent, bound, place, self.pace.tempo())).await;
             if rank.is_none() || !self.is_needed().await {
-                sleep(self.timers.stagger()).await;
+                sleep(self.pace.stagger()).await;
                 continue;
             }
-            tracing::info!("standing for election");
-            if self.raft.trigger().elect().await.is_err() {
-                return;
+            // Asking took a while.
+            match self.voter.elect(self.is_silent()).await {
+                // The next attempt waits a lease: asking for votes counts as hearing a candidate.
+                Ok(true) => tracing::info!("standing for election"),
+                Ok(false) => {}
+                Err(_) => return,
             }
-            // The next attempt waits a lease: asking for votes counts as hearing a candidate.
         }
     }
 
     /// Whether no leader is heard here, and a majority would vote for this lead.
     async fn is_needed(&self) -> bool {
         match self.standing().await {
-            Some(Standing { last, silent }) => {
-                silent.is_none_or(|it| it >= self.timers.lease()) && self.is_wanted(last).await
-            }
+            Some(Standing { last, .. }) => self.is_silent().await && self.is_wanted(last).await,
             None => false,
         }
     }
 
-    /// How long this lead votes for nobody else because it was elected a moment ago.
+    /// Whether no leader is heard here.
+    async fn is_silent(&self) -> bool {
+        let standing = self.standing().await;
+        let silent = standing.map(|it| it.silent.unwrap_or(Duration::MAX));
+        silent.is_some_and(|silent| silent >= self.pace.lease())
+    }
+
+    /// How long this lead votes for nobody else because it was elected a moment ago, or follows what it promised before.
     pub(crate) async fn is_bound_for(&self) -> Duration {
         let elected = self
             .raft
@@ -108,8 +120,9 @@ impl Election {
         let now = Instant::now();
         let elected = elected.await.ok().flatten();
         let since = elected.map(|at| now.saturating_duration_since(at));
-        let lease = self.timers.lease();
-        lease.saturating_sub(since.unwrap_or(lease))
+        let lease = self.pace.base().lease();
+        let rest = lease.saturating_sub(since.unwrap_or(lease));
+        rest.max(self.voter.is_bound_for().await)
     }
 
     /// What this lead knows now; `None` when Raft or its disk has ended.
@@ -169,7 +182,7 @@ impl Election {
     /// Whether at least `wanted` of these would vote for this lead; known as soon as so many said so.
     async fn canvass(&self, last: Option<LogId<u64>>, others: Vec<Member>, wanted: usize) -> bool {
         let canvass = Canvass { last };
-        let limit = Duration::from_millis(self.timers.heartbeat_ms);
+        let limit = self.pace.heartbeat();
         let asked = others.iter().map(|member| async {
             let answer = self.network.post(member, PATH, &canvass, limit);
             matches!(answer.await, Ok(true))
@@ -204,6 +217,7 @@ mod tests {
     use openraft::CommittedLeaderId;
 
     use super::*;
+    use crate::raft::Timers;
 
     fn log(term: u64, index: u64) -> Option<LogId<u64>> {
         Some(LogId::new(CommittedLeaderId::new(term, 1), index))
@@ -232,14 +246,18 @@ mod tests {
 
     #[test]
     fn candidates_stand_one_after_the_other_once_the_lease_is_over() {
-        let timers = Timers::default();
+        let tempo = Timers::default().at(Duration::ZERO);
+        let free = Duration::ZERO;
         let silent = Some(Duration::from_millis(100));
-        let waits: Vec<_> = (0..3).map(|rank| wait(silent, rank, timers)).collect();
-        assert_eq!(waits[0], timers.lease() - Duration::from_millis(100));
-        assert_eq!(waits[1] - waits[0], timers.stagger());
-        assert_eq!(waits[2] - waits[1], timers.stagger());
-        assert_eq!(wait(None, 0, timers), Duration::ZERO);
+        let waits: Vec<_> = (0..3).map(|rank| wait(silent, free, rank, tempo)).collect();
+        assert_eq!(waits[0], tempo.lease - Duration::from_millis(100));
+        assert_eq!(waits[1] - waits[0], tempo.stagger);
+        assert_eq!(waits[2] - waits[1], tempo.stagger);
+        assert_eq!(wait(None, free, 0, tempo), free);
         let long = Some(Duration::from_secs(60));
-        assert_eq!(wait(long, 1, timers), timers.stagger());
+        assert_eq!(wait(long, free, 1, tempo), tempo.stagger);
+        let bound = Duration::from_secs(5);
+        assert_eq!(wait(long, bound, 0, tempo), bound);
+        assert_eq!(wait(silent, bound, 1, tempo), bound + tempo.stagger);
     }
 }

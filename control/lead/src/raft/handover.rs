@@ -16,7 +16,7 @@ use openraft::{RaftMetrics, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Member, Raft, Timers, election::Election, members::Roll, network::Network};
+use super::{Member, Pace, Raft, election::Election, members::Roll, network::Network};
 
 /// Where an heir is told to stand.
 pub(crate) const PATH: &str = "/raft/v1/stand";
@@ -50,27 +50,11 @@ impl Stand {
     }
 }
 
-/// No heartbeats, until this is dropped.
-struct Silence<'a>(&'a Raft);
-
-impl<'a> Silence<'a> {
-    fn new(raft: &'a Raft) -> Self {
-        raft.runtime_config().heartbeat(false);
-        Self(raft)
-    }
-}
-
-impl Drop for Silence<'_> {
-    fn drop(&mut self) {
-        self.0.runtime_config().heartbeat(true);
-    }
-}
-
 /// What a leader needs to hand over.
 pub(crate) struct HandOver<'a> {
     pub(crate) raft: &'a Raft,
     pub(crate) network: &'a Network,
-    pub(crate) timers: Timers,
+    pub(crate) pace: &'a Pace,
     pub(crate) id: u64,
     /// The term that it leads in.
     pub(crate) term: u64,
@@ -85,10 +69,10 @@ impl HandOver<'_> {
     /// Hands over to a voter that has the whole log; the name of who leads then, mostly that one, or `None` when no other
     /// does. The caller sees to it that no change is proposed meanwhile.
     pub(crate) async fn run(&self) -> Option<String> {
-        let heir = timeout(CATCHES_UP * self.timers.lease(), self.heir()).await;
+        let heir = timeout(CATCHES_UP * self.pace.lease(), self.heir()).await;
         let heir = heir.ok()?;
         tracing::info!(heir = heir.name, "handing over");
-        let silence = Silence::new(self.raft);
+        let silence = self.pace.hush();
         let next = self.unseat(&heir).await;
         drop(silence);
         let membership = self.raft.metrics().borrow().membership_config.clone();
@@ -122,11 +106,11 @@ impl HandOver<'_> {
         };
         let stand = self
             .network
-            .post::<_, bool>(heir, PATH, &stand, STANDS * self.timers.lease());
+            .post::<_, bool>(heir, PATH, &stand, STANDS * self.pace.lease());
         let mut metrics = self.raft.metrics();
         let elected = async {
             let elected = metrics.wait_for(|metrics| elected_after(term, metrics).is_some());
-            let elected = timeout(ELECTS * self.timers.lease(), elected);
+            let elected = timeout(ELECTS * self.pace.lease(), elected);
             let metrics = elected.await.ok()?.ok()?;
             elected_after(term, &metrics)
         };
@@ -161,7 +145,7 @@ impl Election {
     /// waits twice as long for each candidacy as for the one before: standing again gives up the votes that are still on
     /// their way. Standing in vain is worse: who voted follows nobody whom the others elect meanwhile.
     pub(crate) async fn stand(&self, stand: Stand) -> bool {
-        let end = Instant::now() + STANDS * self.timers.lease();
+        let end = Instant::now() + STANDS * self.pace.lease();
         let mut metrics = self.raft.metrics();
         let known = stand.known(&metrics.borrow());
         let Some((giver, term)) = known else {
@@ -169,7 +153,7 @@ impl Election {
             return false;
         };
         let outcome = |metrics: &RaftMetrics<u64, Member>| outcome(term, self.id, metrics);
-        let mut patience = self.timers.stagger();
+        let mut patience = self.pace.stagger();
         tracing::info!("standing for election: the leader gives way");
         while Instant::now() < end {
             if let Some(leads) = outcome(&metrics.borrow()) {

@@ -1,6 +1,6 @@
 //! One lead, as openraft talks to it.
 //!
-//! openraft gives an AppendEntries up after a heartbeat interval, sends it anew, and no heartbeat meanwhile. What takes longer
+//! An AppendEntries is given up after a heartbeat interval; openraft sends it anew, and no heartbeat meanwhile. What takes longer
 //! would never be acknowledged: followers that read it and answer too late take its sender for their leader for ever, and
 //! whom others elect fares the same. So entries are sent by a task of their own, which goes on:
 //!
@@ -28,7 +28,7 @@ use openraft::{
         InstallSnapshotResponse, SnapshotResponse, VoteRequest, VoteResponse,
     },
 };
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
@@ -106,7 +106,7 @@ impl Link {
     /// Sends entries, or waits for those that are on their way; it may be given up and called again.
     async fn append(&mut self, message: Message, limit: Duration) -> Answer {
         let Some(last) = message.entries.last().map(|entry| entry.log_id) else {
-            return self.peer.ask(APPEND, &message, limit).await;
+            return beat(&self.peer, &message, limit).await;
         };
         let Message {
             vote,
@@ -137,7 +137,7 @@ impl Link {
                         Ok(answer) => answer,
                         Err(died) => Err(failure(&died)),
                     },
-                    beat = beat(&self.peer, heartbeat(prev), limit) => {
+                    beat = meanwhile(&self.peer, heartbeat(prev), limit) => {
                         if !matches!(beat, AppendEntriesResponse::PartialSuccess(_)) {
                             self.sent = None;
                         }
@@ -156,7 +156,7 @@ impl Link {
         };
         // Given up from here on, only this is asked again.
         sent.stage = Stage::Answered { at };
-        let answer = self.peer.ask(APPEND, &heartbeat(at), limit).await?;
+        let answer = beat(&self.peer, &heartbeat(at), limit).await?;
         self.sent = None;
         match answer {
             AppendEntriesResponse::Success if at < Some(last) => {
@@ -182,15 +182,20 @@ fn send(peer: Peer, message: Message, limit: Duration) -> AbortOnDropHandle<Answ
     AbortOnDropHandle::new(tokio::spawn(async move {
         let body = encode(&message).map_err(|error| failure(&error))?;
         let limit = patience(limit, body.len());
-        peer.send(APPEND, body, limit).await
+        peer.append(message.vote, APPEND, body, limit).await
     }))
 }
 
+/// Sends a message without entries.
+async fn beat(peer: &Peer, heartbeat: &Message, limit: Duration) -> Answer {
+    let body = encode(heartbeat).map_err(|error| failure(&error))?;
+    peer.append(heartbeat.vote, APPEND, body, limit).await
+}
+
 /// A heartbeat while entries are on their way, when half of a call is over; what openraft is told, if anything is to be.
-async fn beat(peer: &Peer, heartbeat: Message, limit: Duration) -> AppendEntriesResponse<u64> {
+async fn meanwhile(peer: &Peer, heartbeat: Message, limit: Duration) -> AppendEntriesResponse<u64> {
     sleep(limit / 2).await;
-    let answer: Answer = peer.ask(APPEND, &heartbeat, limit).await;
-    match answer {
+    match beat(peer, &heartbeat, limit).await {
         Ok(AppendEntriesResponse::Success) if heartbeat.prev_log_id.is_some() => {
             AppendEntriesResponse::PartialSuccess(heartbeat.prev_log_id)
         }
@@ -202,7 +207,11 @@ async fn beat(peer: &Peer, heartbeat: Message, limit: Duration) -> AppendEntries
 
 impl RaftNetwork<Types> for Link {
     async fn append_entries(&mut self, message: Message, option: RPCOption) -> Answer {
-        self.append(message, option.hard_ttl()).await
+        let limit = self.peer.heartbeat().min(option.hard_ttl());
+        match timeout(limit, self.append(message, limit)).await {
+            Ok(answer) => answer,
+            Err(late) => Err(failure(&late)),
+        }
     }
 
     async fn install_snapshot(

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use openraft::{LogId, Membership};
 use serde::{Deserialize, Serialize};
 
-use super::{Member, Raft, checkpoint::Checkpoints};
+use super::{Member, Paced, Raft, checkpoint::Checkpoints};
 use crate::room::Room;
 
 /// The first leads of a group have ids up to this one.
@@ -57,6 +57,9 @@ pub(crate) struct About {
     /// What its state was at the last checkpoints; `None` from a lead that does not say.
     #[serde(default)]
     pub(crate) checkpoints: Option<Checkpoints>,
+    /// How far the others are; `None` from a lead that does not say.
+    #[serde(default)]
+    pub(crate) pace: Option<Paced>,
 }
 
 /// The group at one moment.
@@ -399,6 +402,7 @@ mod tests {
                 issuer_ends_ms: None,
                 room: None,
                 checkpoints: None,
+                pace: None,
             };
             (id, Some(about))
         };

@@ -17,14 +17,21 @@ use std::{
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use openraft::error::{NetworkError, RPCError, RaftError, RemoteError, Unreachable};
+use openraft::{
+    Vote,
+    error::{Infallible, NetworkError, RPCError, RaftError, RemoteError, Unreachable},
+    raft::AppendEntriesResponse,
+};
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::Instant;
 
-use super::{Member, decode, encode, transfer::Sent};
+use super::{Grants, Member, Pace, decode, encode, transfer::Sent};
 use crate::{dial::DialError, world::Wire};
 
 /// Names the member that a message of openraft's is for, by its id.
 pub(crate) const TO: &str = "to";
+/// For how long a leader's message asks its reader not to elect another, milliseconds; a header, which older leads skip.
+pub(crate) const LEASE: &str = "weft-lease-ms";
 
 /// Why a lead did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -77,14 +84,19 @@ pub(crate) struct Network {
     away: Arc<Mutex<BTreeSet<String>>>,
     /// How far snapshots got.
     sent: Sent,
+    pub(super) pace: Pace,
+    /// What the others granted this lead as a leader.
+    pub(crate) grants: Grants,
 }
 
 impl Network {
-    pub(crate) fn new(wire: Arc<dyn Wire>) -> Self {
+    pub(crate) fn new(wire: Arc<dyn Wire>, pace: Pace) -> Self {
         Self {
             wire,
             away: Arc::default(),
             sent: Sent::default(),
+            pace,
+            grants: Grants::default(),
         }
     }
 
@@ -123,22 +135,27 @@ impl Network {
         message: &Q,
         limit: Duration,
     ) -> Result<A, PostError> {
-        self.send(member, path, encode(message)?, limit).await
+        let body = encode(message)?;
+        self.send(member, path, body, limit, None).await
     }
 
-    /// Sends what is encoded already.
+    /// Sends what is encoded already, and asks for a lease if one is named.
     async fn send<A: DeserializeOwned>(
         &self,
         member: &Member,
         path: &str,
         body: Vec<u8>,
         limit: Duration,
+        lease: Option<Duration>,
     ) -> Result<A, PostError> {
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(Method::POST)
-            .uri(format!("https://{}{path}", member.address))
-            .body(Bytes::from(body))
-            .expect("the parts are valid");
+            .uri(format!("https://{}{path}", member.address));
+        if let Some(lease) = lease {
+            request = request.header(LEASE, lease.as_millis().to_string());
+        }
+        let request = request.body(Bytes::from(body));
+        let request = request.expect("the parts are valid");
         let answer = tokio::time::timeout(limit, self.exchange(member, request));
         let bytes = answer.await.map_err(|_| PostError::Slow {
             name: member.name.clone(),
@@ -183,6 +200,11 @@ impl Peer {
         (self.id, self.network.sent.clone())
     }
 
+    /// How long a message without entries may take.
+    pub(super) fn heartbeat(&self) -> Duration {
+        self.network.pace.heartbeat()
+    }
+
     /// Sends `message` and reads the answer.
     pub(super) async fn ask<Q, A, E>(
         &self,
@@ -196,15 +218,33 @@ impl Peer {
         E: std::error::Error + DeserializeOwned,
     {
         let body = encode(message).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
-        self.send(path, body, limit).await
+        self.send(path, body, limit, None).await
+    }
+
+    /// Sends entries or a heartbeat, encoded, as the leader of `vote`, and notes the lease that an answer grants.
+    pub(super) async fn append(
+        &self,
+        vote: Vote<u64>,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<AppendEntriesResponse<u64>, Failure<Infallible>> {
+        let (sent, lease) = (Instant::now(), self.network.pace.lease());
+        let answer = self.send(path, body, limit, Some(lease)).await?;
+        if !matches!(answer, AppendEntriesResponse::HigherVote(_)) {
+            let granted = self.network.pace.granted(self.id, lease);
+            self.network.grants.note(vote, self.id, sent + granted);
+        }
+        Ok(answer)
     }
 
     /// Like [`Peer::ask`], for what is encoded already.
-    pub(super) async fn send<A, E>(
+    async fn send<A, E>(
         &self,
         path: &str,
         body: Vec<u8>,
         limit: Duration,
+        lease: Option<Duration>,
     ) -> Result<A, Failure<E>>
     where
         A: DeserializeOwned,
@@ -212,8 +252,10 @@ impl Peer {
     {
         // A lead that was replaced may have another behind its address: its part is nobody else's.
         let path = format!("{path}?{TO}={}", self.id);
-        let answer: Result<Result<A, RaftError<u64, E>>, PostError> =
-            self.network.send(&self.member, &path, body, limit).await;
+        let answer: Result<Result<A, RaftError<u64, E>>, PostError> = self
+            .network
+            .send(&self.member, &path, body, limit, lease)
+            .await;
         match answer {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(RPCError::RemoteError(RemoteError::new(self.id, error))),

@@ -59,7 +59,7 @@ fn data_of_another_lead_is_refused() {
     let start = |name| Start {
         name,
         storage: folder(&dir),
-        timers: Timers::default(),
+        pace: Pace::new(Timers::default()),
         compaction: Compaction::default(),
         peers: &peers,
         join: &join,

@@ -27,6 +27,7 @@ use crate::{
 
 mod agreement;
 mod large;
+mod pace;
 mod plan;
 mod room;
 mod transfer;

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::{
     dial::DialError,
-    raft::{SharedBatch, decode},
+    raft::{Pace, SharedBatch, Timers, decode},
     world::{Boxed, Wire},
 };
 
@@ -111,7 +111,7 @@ impl Wire for Slow {
 }
 
 fn link(follower: &Arc<Slow>) -> Link {
-    let network = Network::new(follower.clone());
+    let network = Network::new(follower.clone(), Pace::new(Timers::default()));
     let member = Member::new("b", "127.0.0.1:1".parse().unwrap());
     Link {
         peer: network.peer(2, &member),
@@ -119,10 +119,11 @@ fn link(follower: &Arc<Slow>) -> Link {
     }
 }
 
-/// Asks as openraft does; `None` where it gave the call up.
+/// Asks as openraft has it; `None` where the call was given up.
 async fn ask(link: &mut Link, message: &Message) -> Option<Answer> {
-    let asked = link.append_entries(message.clone(), RPCOption::new(LIMIT));
-    timeout(LIMIT, asked).await.ok()
+    timeout(LIMIT, link.append(message.clone(), LIMIT))
+        .await
+        .ok()
 }
 
 #[tokio::test(start_paused = true)]
