@@ -29,3 +29,4 @@ mod wan;
 
 pub use command::LabCommand;
 pub use error::LabError;
+pub use wan::{DEVICE as WAN, forward_between};

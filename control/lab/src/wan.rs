@@ -28,7 +28,7 @@ use self::line::Line;
 use crate::{error::LabError, folder::Lab, spec::Spec};
 
 /// The TUN device in the WAN's namespace.
-pub(crate) const DEVICE: &str = "wan";
+pub const DEVICE: &str = "wan";
 /// The largest packet, bytes: that of an Ethernet LAN, and room.
 const LARGEST: usize = 2048;
 
@@ -39,11 +39,17 @@ struct Wan {
 
 impl Wan {
     fn new(spec: &Spec) -> Self {
-        let numbers = || spec.sites.iter().map(|site| site.number);
-        let pairs = numbers().flat_map(|from| numbers().map(move |to| (from, to)));
+        let numbers: Vec<_> = spec.sites.iter().map(|site| site.number).collect();
+        Self::between(&numbers, |from, to| spec.delay(from, to))
+    }
+
+    fn between(sites: &[u8], delay: impl Fn(u8, u8) -> Duration) -> Self {
+        let pairs = sites
+            .iter()
+            .flat_map(|from| sites.iter().map(move |to| (*from, *to)));
         Self {
             lines: pairs
-                .map(|(from, to)| ((from, to), Line::new(spec.delay(from, to))))
+                .map(|(from, to)| ((from, to), Line::new(delay(from, to))))
                 .collect(),
         }
     }
@@ -72,17 +78,29 @@ fn sites(packet: &[u8]) -> Option<(u8, u8)> {
 /// Forwards until it is killed.
 pub(crate) fn run(lab: &str) -> Result<(), LabError> {
     let spec = Lab::find(Some(lab))?.manifest()?.spec;
+    tracing::info!(delays = ?spec.delays, "forwarding");
+    forward(&mut Wan::new(&spec))
+}
+
+/// Forwards between sites that are all so far apart, by the device of the namespace of who calls, as long as there is one.
+///
+/// # Errors
+/// When there is none.
+pub fn forward_between(sites: &[u8], one_way: Duration) -> Result<(), LabError> {
+    forward(&mut Wan::between(sites, |_, _| one_way))
+}
+
+fn forward(wan: &mut Wan) -> Result<(), LabError> {
     let device = DeviceBuilder::new()
         .name(DEVICE)
         .inherit_enable_state()
         .build_sync()
         .and_then(|device| device.set_nonblocking(true).map(|()| device))
         .map_err(LabError::file("/dev/net/tun"))?;
-    tracing::info!(delays = ?spec.delays, "forwarding");
-    forward(&device, &mut Wan::new(&spec)).map_err(LabError::file("/dev/net/tun"))
+    pass(&device, wan).map_err(LabError::file("/dev/net/tun"))
 }
 
-fn forward(device: &SyncDevice, wan: &mut Wan) -> io::Result<()> {
+fn pass(device: &SyncDevice, wan: &mut Wan) -> io::Result<()> {
     let start = Instant::now();
     let mut buffer = vec![0; LARGEST];
     let mut reported = Duration::ZERO;

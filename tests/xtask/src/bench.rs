@@ -31,6 +31,9 @@ pub(crate) struct BenchArgs {
     /// How often `control` kills the leader; 3 unless it is said.
     #[arg(long)]
     kills: Option<u32>,
+    /// The round-trip time between the leads of `control`, milliseconds: only what a lost leader costs is measured then.
+    #[arg(long, value_name = "MS")]
+    rtt: Option<u64>,
     /// How many agents `agents` simulates; 250 unless it is said.
     #[arg(long)]
     agents: Option<u32>,
@@ -101,8 +104,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 
 /// What `control` needs besides: etcd, and a folder on the disk that holds the build.
 fn control(args: &BenchArgs, binaries: &Path) -> Result<Vec<OsString>> {
-    let mut own: Vec<OsString> = vec!["--etcd".into(), etcd()?.into()];
-    own.extend(["--data".into(), binaries.into()]);
+    let mut own: Vec<OsString> = vec!["--data".into(), binaries.into()];
+    match args.rtt {
+        Some(rtt) => own.extend(["--rtt".into(), rtt.to_string().into()]),
+        None => own.extend(["--etcd".into(), etcd()?.into()]),
+    }
     if let Some(kills) = args.kills {
         own.extend(["--kills".into(), kills.to_string().into()]);
     }

@@ -32,6 +32,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
+use weft_tests::leads::{
+    Leads, Place, check,
+    client::{Connection, Door, request},
+};
 
 use self::{
     agent::{Agent, Common, Welcomes},
@@ -39,12 +43,7 @@ use self::{
     shape::{Shape, cluster_name},
 };
 use crate::{
-    control::{
-        WEFT,
-        client::{Connection, Door, request},
-        ms, place, push,
-        weft::{Leads, check},
-    },
+    control::{WEFT, ms, place, push},
     figures::Figures,
 };
 
@@ -140,7 +139,7 @@ impl Agents {
         figures: &mut Figures,
     ) -> Result<()> {
         // Without IPv4: it serves some 4,000 full nodes.
-        let mut leads = Leads::start(binaries, data, &["--no-ipv4"]).await?;
+        let mut leads = Leads::start(binaries, data, &["--no-ipv4"], Place::here()?).await?;
         let mut fleet = Fleet::start(shape, &leads).await?;
         let filling = Instant::now();
         let limit = Duration::from_secs(self.fill);

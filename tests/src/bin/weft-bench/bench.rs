@@ -162,7 +162,10 @@ impl Bench {
                 },
                 ..series
             },
-            gates: gate::CONTROL,
+            gates: match control.is_near() {
+                true => gate::CONTROL,
+                false => gate::CONTROL_FAR,
+            },
             place: format!(", {place}"),
         })
     }

@@ -10,13 +10,12 @@
 //! over the members, as clients are that know all addresses; the client is the same code for both, and what it costs is
 //! a row of its own. A change of Weft's is acknowledged when it is on the disks of a majority *and* planned for; the
 //! planner's time is not left out.
+//!
+//! With round trips between the leads (`--rtt`) each is on a machine of its own, and only the fall of the leader is measured.
 
-pub(crate) mod client;
 mod etcd;
 mod fall;
-pub(crate) mod member;
 pub(crate) mod place;
-pub(crate) mod weft;
 mod writers;
 
 use std::{path::Path, path::PathBuf, time::Duration};
@@ -25,7 +24,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use tokio::runtime::{Builder, Runtime};
 
-use self::{etcd::Etcd, member::CpuTime, weft::Leads, writers::Writers};
+use weft_tests::leads::{Leads, Place, apart::Apart, member::CpuTime};
+
+use self::{etcd::Etcd, writers::Writers};
 use crate::{
     figures::{Figures, Series},
     load::Family,
@@ -34,9 +35,6 @@ use crate::{
 
 /// How long each load lasts in each round unless it is said.
 pub(crate) const LOAD: Duration = Duration::from_secs(2);
-/// How long a lead believes in a silent leader, unless its operator says otherwise, milliseconds.
-pub(crate) const LEASE_MS: f64 = 750.0;
-
 /// The case of the leads.
 pub(crate) const WEFT: &str = "weft";
 /// The case of etcd.
@@ -56,8 +54,11 @@ const CLIENT_CPU: &str = "client_cpu";
 pub(crate) const LEADER_KILLED: &str = "leader_killed";
 /// Changes that were acknowledged and are not there after a kill.
 pub(crate) const LOST: &str = "lost_writes";
-/// The longest time without an acknowledgement around a hand-over, milliseconds.
-pub(crate) const DRAINED: &str = "drained";
+/// The longest time without an acknowledgement around a hand-over, milliseconds, and in leases as they were then.
+const DRAINED: &str = "drained";
+pub(crate) const DRAINED_LEASES: &str = "drained_leases";
+/// Up to this round-trip time leads are near each other.
+const NEAR: Duration = Duration::from_millis(10);
 /// A write of 4 KiB until it is on the disk, milliseconds.
 const FSYNC: &str = "fsync_p50";
 
@@ -76,6 +77,9 @@ pub(crate) struct Control {
     /// How often the leader is drained.
     #[arg(long, default_value_t = 3)]
     drains: u32,
+    /// The round-trip time between the leads, milliseconds: only what a lost leader costs is measured then.
+    #[arg(long, value_name = "MS")]
+    rtt: Option<u64>,
 }
 
 impl Control {
@@ -95,11 +99,37 @@ impl Control {
             .enable_all()
             .build()
             .context("failed to start the runtime")?;
-        let mut leads = runtime.block_on(Leads::start(binaries, data.path(), &[]))?;
-        {
-            let etcd = runtime.block_on(Etcd::start(&self.etcd, data.path()))?;
-            writes(&runtime, (&leads, &etcd), data.path(), rounds, figures)?;
-        }
+        let Some(rtt) = self.rtt() else {
+            let start = Leads::start(binaries, data.path(), &[], Place::here()?);
+            let leads = runtime.block_on(start)?;
+            {
+                let etcd = runtime.block_on(Etcd::start(&self.etcd, data.path()))?;
+                writes(&runtime, (&leads, &etcd), data.path(), rounds, figures)?;
+            }
+            self.falls(&runtime, leads, figures)?;
+            return Ok(place);
+        };
+        let machines = Apart::new(rtt)?;
+        // What is started by this thread ends with it.
+        machines.hub().run(|| {
+            let start = Leads::start(binaries, data.path(), &[], Place::apart(&machines));
+            self.falls(&runtime, runtime.block_on(start)?, figures)
+        })?;
+        Ok(format!("{place}, {rtt:?} between the leads"))
+    }
+
+    /// The round-trip time between leads on machines of their own.
+    fn rtt(&self) -> Option<Duration> {
+        self.rtt.map(Duration::from_millis)
+    }
+
+    /// Whether leads are so near each other that the usual timers do.
+    pub(crate) fn is_near(&self) -> bool {
+        self.rtt().is_none_or(|rtt| rtt <= NEAR)
+    }
+
+    /// Kills and drains the leader, again and again.
+    fn falls(&self, runtime: &Runtime, mut leads: Leads, figures: &mut Figures) -> Result<()> {
         for kill in 0..self.kills {
             let killed = runtime.block_on(fall::kill(&mut leads, kill))?;
             push(figures, (WEFT, LEADER_KILLED), "ms", ms(killed.pause));
@@ -107,11 +137,13 @@ impl Control {
             eprintln!("kill {} of {}", kill + 1, self.kills);
         }
         for drain in 0..self.drains {
-            let pause = runtime.block_on(fall::drain(&leads, drain))?;
+            let (pause, lease) = runtime.block_on(fall::drain(&leads, drain))?;
             push(figures, (WEFT, DRAINED), "ms", ms(pause));
+            let leases = pause.as_secs_f64() / lease.as_secs_f64();
+            push(figures, (WEFT, DRAINED_LEASES), "", leases);
             eprintln!("drain {} of {}", drain + 1, self.drains);
         }
-        Ok(place)
+        Ok(())
     }
 }
 

@@ -170,7 +170,7 @@ const fn at_most(metric: &'static str, most: f64) -> Gate {
     }
 }
 
-/// `bench control`.
+/// `bench control`, where the leads are near each other.
 pub(crate) const CONTROL: &[Gate] = &[
     weft(control::WRITES, Against::Nothing, Bound::AtLeast(2_500.0)),
     weft(
@@ -185,12 +185,25 @@ pub(crate) const CONTROL: &[Gate] = &[
         Bound::NeverMore(1_500.0),
     ),
     weft(control::LOST, Against::Nothing, Bound::NeverMore(0.0)),
-    weft(
-        control::DRAINED,
-        Against::Nothing,
-        Bound::NeverMore(2.0 * control::LEASE_MS),
-    ),
+    DRAINED,
 ];
+
+/// `bench control`, where they are not.
+pub(crate) const CONTROL_FAR: &[Gate] = &[
+    weft(
+        control::LEADER_KILLED,
+        Against::Nothing,
+        Bound::NeverMore(4_000.0),
+    ),
+    weft(control::LOST, Against::Nothing, Bound::NeverMore(0.0)),
+    DRAINED,
+];
+
+const DRAINED: Gate = weft(
+    control::DRAINED_LEASES,
+    Against::Nothing,
+    Bound::NeverMore(2.0),
+);
 
 /// `bench agents`, at its default size.
 pub(crate) const AGENTS: &[Gate] = &[

@@ -11,11 +11,13 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use rustls_pki_types::PrivateKeyDer;
 use tokio::time::Instant;
-use weft_tests::Process;
-
-use super::{
-    client::{Answer, Door, request},
-    member, weft,
+use weft_tests::{
+    Process,
+    leads::{
+        self as weft,
+        client::{Answer, Door, request},
+        member,
+    },
 };
 
 const NAMES: [&str; 3] = ["etcd-1", "etcd-2", "etcd-3"];

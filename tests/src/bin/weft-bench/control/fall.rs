@@ -5,11 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
-
-use super::{
-    client::Door,
-    weft::{self, Leads},
-};
+use weft_tests::leads::{self as weft, Leads, client::Door};
 
 const WRITERS: usize = 8;
 /// The rest of a writer after each change, so that the applications stay few.
@@ -58,8 +54,9 @@ pub(super) async fn kill(leads: &mut Leads, number: u32) -> Result<Killed> {
     })
 }
 
-/// Drains the leader; the longest time without an acknowledgement.
-pub(super) async fn drain(leads: &Leads, number: u32) -> Result<Duration> {
+/// Drains the leader; the longest time without an acknowledgement, and how long a lease is.
+pub(super) async fn drain(leads: &Leads, number: u32) -> Result<(Duration, Duration)> {
+    let lease = leads.lease().await?;
     let traffic = Traffic::start(leads, &format!("d{number}"));
     traffic.until(|done| done.len() >= STEADY).await?;
     let asked = Instant::now();
@@ -69,7 +66,7 @@ pub(super) async fn drain(leads: &Leads, number: u32) -> Result<Duration> {
     let done = traffic.stop().await;
     forget(leads, &done).await?;
     let times: Vec<_> = done.iter().map(|it| it.at).collect();
-    Ok(longest_pause(&times, asked))
+    Ok((longest_pause(&times, asked), lease))
 }
 
 /// Takes away what a trial left, also what nobody acknowledged.

@@ -8,11 +8,12 @@ use futures::future::try_join_all;
 use http::Request;
 use http_body_util::Full;
 
-use super::{
+use weft_tests::leads::{
+    self as weft, Leads,
     client::{Answer, Connection, Door},
-    etcd::{self, Etcd},
-    weft::{self, Leads},
 };
+
+use super::etcd::{self, Etcd};
 
 /// How many write at once.
 pub(super) const WRITERS: usize = 64;

@@ -19,23 +19,29 @@ const LIMIT: Duration = Duration::from_secs(15);
 
 /// A member's address, and how one knocks there.
 #[derive(Clone, Debug)]
-pub(crate) struct Door {
-    pub(crate) address: SocketAddr,
-    pub(crate) tls: Arc<ClientConfig>,
+pub struct Door {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// With which certificate, and to whom.
+    pub tls: Arc<ClientConfig>,
 }
 
 /// What came back.
 #[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) status: StatusCode,
-    pub(crate) headers: HeaderMap,
-    pub(crate) trailers: HeaderMap,
-    pub(crate) body: Bytes,
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// What came behind the body.
+    pub trailers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
 }
 
 /// A connection that lasts until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub struct Connection {
     requests: SendRequest<Full<Bytes>>,
     driver: JoinHandle<()>,
 }
@@ -47,7 +53,11 @@ impl Drop for Connection {
 }
 
 impl Door {
-    pub(crate) async fn open(&self) -> Result<Connection> {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When nobody answers there in time, or somebody else does.
+    pub async fn open(&self) -> Result<Connection> {
         let opened = timeout(LIMIT, self.connect()).await;
         opened
             .context("it took too long")
@@ -72,7 +82,10 @@ impl Door {
 
 impl Connection {
     /// Sends `request` and reads the whole answer.
-    pub(crate) async fn ask(&self, request: Request<Full<Bytes>>) -> Result<Answer> {
+    ///
+    /// # Errors
+    /// When the connection breaks, or there is no answer in time.
+    pub async fn ask(&self, request: Request<Full<Bytes>>) -> Result<Answer> {
         let mut requests = self.requests.clone();
         let asked = async {
             requests.ready().await?;
@@ -90,12 +103,11 @@ impl Connection {
 }
 
 /// A request for `path`, of whoever listens.
-pub(crate) fn request(
-    method: &str,
-    path: &str,
-    content_type: &str,
-    body: Bytes,
-) -> Request<Full<Bytes>> {
+///
+/// # Panics
+/// When a part is not valid.
+#[must_use]
+pub fn request(method: &str, path: &str, content_type: &str, body: Bytes) -> Request<Full<Bytes>> {
     Request::builder()
         .method(method)
         .uri(format!("https://{SERVER_NAME}{path}"))

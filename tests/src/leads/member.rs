@@ -1,4 +1,4 @@
-//! The processes of both stores: started with the bench, ended with it however it ends.
+//! Processes that are started with a program of ours and end with it, however it ends.
 
 use std::{
     fs::{self, File},
@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
+use crate::Process;
 use anyhow::{Context, Result, ensure};
-use weft_tests::Process;
 
 /// Ticks of proc_pid_stat(5) in a second: `USER_HZ`.
 const TICKS: u64 = 100;
@@ -17,7 +17,10 @@ const TICKS: u64 = 100;
 const TAIL: usize = 2_000;
 
 /// Starts `program`; what it says is in the file `log`.
-pub(crate) fn start(program: &Path, arguments: &[String], log: &Path) -> Result<Process> {
+///
+/// # Errors
+/// When it cannot be started, or the file not be written.
+pub fn start(program: &Path, arguments: &[String], log: &Path) -> Result<Process> {
     let said = File::options()
         .create(true)
         .append(true)
@@ -36,14 +39,18 @@ pub(crate) fn start(program: &Path, arguments: &[String], log: &Path) -> Result<
 }
 
 /// The end of what a member said.
-pub(crate) fn tail(log: &Path) -> String {
+#[must_use]
+pub fn tail(log: &Path) -> String {
     let text = fs::read(log).unwrap_or_default();
     let end = &text[text.len().saturating_sub(TAIL)..];
     String::from_utf8_lossy(end).into_owned()
 }
 
 /// So many free addresses of this machine, all different.
-pub(crate) fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
+///
+/// # Errors
+/// When there are not so many.
+pub fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
     // Held together: one that is given back may be given again.
     let held: Result<Vec<_>, _> = (0..count)
         .map(|_| TcpListener::bind("127.0.0.1:0"))
@@ -53,7 +60,10 @@ pub(crate) fn addresses(count: usize) -> Result<Vec<SocketAddr>> {
 }
 
 /// Runs a command to its successful end.
-pub(crate) fn run(command: &mut Command) -> Result<()> {
+///
+/// # Errors
+/// When it cannot be started, or fails.
+pub fn run(command: &mut Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output();
     let output = output.with_context(|| format!("failed to start {name}"))?;
@@ -64,11 +74,14 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// CPU time of processes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct CpuTime(u64);
+pub struct CpuTime(u64);
 
 impl CpuTime {
     /// Of these together.
-    pub(crate) fn of_all(pids: &[u32]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// When one is gone.
+    pub fn of_all(pids: &[u32]) -> Result<Self> {
         let each = pids
             .iter()
             .map(|pid| Self::at(&format!("/proc/{pid}/stat")));
@@ -77,7 +90,10 @@ impl CpuTime {
     }
 
     /// Of this process.
-    pub(crate) fn own() -> Result<Self> {
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn own() -> Result<Self> {
         Self::at("/proc/self/stat")
     }
 
@@ -87,7 +103,9 @@ impl CpuTime {
         Ok(Self(ticks))
     }
 
-    pub(crate) fn until(self, later: Self) -> Duration {
+    /// What was spent from this to `later`.
+    #[must_use]
+    pub fn until(self, later: Self) -> Duration {
         Duration::from_millis(later.0.saturating_sub(self.0) * 1_000 / TICKS)
     }
 }
