@@ -11,6 +11,7 @@
 //!             '--> Refused
 //! ```
 
+pub mod life;
 pub mod local;
 
 use std::{collections::BTreeMap, time::Duration};

@@ -22,6 +22,7 @@ use crate::{
     driver::Driver,
     event::{Event, TableSender},
     lead::Outbox,
+    now,
     reconcile::Ledger,
     store::Store,
 };
@@ -89,7 +90,7 @@ impl<D: Driver> Engine<D> {
         let mut ledger = self.cluster.ledger().clone();
         let mut reported = Arc::new(Report::default());
         loop {
-            let now = Instant::now();
+            let now = now();
             statuses.mark_unchanged();
             let report = self.cluster.step(&self.driver, now);
             self.keep_ledger(&mut ledger);
@@ -123,7 +124,7 @@ impl<D: Driver> Engine<D> {
 
     /// Looks at the load, and tells leads and nodes how things stand.
     fn tell(&mut self, leads: &mut Teller, streams: &mut BTreeMap<String, ToNode>) {
-        let now = Instant::now();
+        let now = now();
         self.cluster.measure(&self.driver, now);
         let own = self.cluster.own_conditions(now);
         for (node, stream) in streams {
@@ -134,7 +135,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn take(&mut self, event: Event, streams: &mut BTreeMap<String, ToNode>) {
-        let now = Instant::now();
+        let now = now();
         match event {
             Event::Welcomed { welcome, sent } => {
                 self.cluster.welcomed(welcome, sent);

@@ -30,7 +30,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Status};
 
 use crate::{
-    lead::{chain, connect},
+    lead::{TlsLines, chain, connect},
     request::KeyRequest,
 };
 
@@ -191,7 +191,11 @@ async fn ask(
     request: &str,
     tls: Arc<ClientConfig>,
 ) -> Attempt {
-    let channel = match connect(lead, tls, RevokedList::default()).await {
+    let lines = TlsLines {
+        tls,
+        revoked: RevokedList::default(),
+    };
+    let channel = match connect(lead, Arc::new(lines)).await {
         Ok(channel) => channel,
         Err(error) => {
             return Attempt::Failed {

@@ -18,6 +18,7 @@ use control_api::stream::{
     FromAgent, Hello, LeadDoorClient, MESSAGE_LIMIT, REPORT_AT_LEAST, ToAgent, Welcome,
 };
 use control_core::report::{ClusterFacts, Report};
+use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use netmanager_api::{
     conditions::Conditions,
@@ -25,6 +26,7 @@ use netmanager_api::{
 };
 use rustls::ClientConfig;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::{mpsc, watch},
     time::{MissedTickBehavior, interval, interval_at, timeout},
@@ -37,7 +39,7 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 
-use crate::event::Event;
+use crate::{event::Event, now};
 
 /// How long a lead has to take the connection.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -61,15 +63,50 @@ pub struct Outbox {
     pub session: Option<u64>,
 }
 
+/// A connection.
+pub trait Line: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Line for T {}
+
+/// The way to the leads: what is said on it is the same whoever carries it.
+pub trait Lines: std::fmt::Debug + Send + Sync {
+    /// Connects to the door of the lead at this address.
+    fn dial(&self, lead: SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn Line>>>;
+}
+
+/// Mutual TLS over TCP; a connection ends with the lead's certificate.
+#[derive(Clone, Debug)]
+pub struct TlsLines {
+    /// TLS that accepts leads only.
+    pub tls: Arc<ClientConfig>,
+    /// The certificates that count no more.
+    pub revoked: RevokedList,
+}
+
+impl Lines for TlsLines {
+    fn dial(&self, lead: SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn Line>>> {
+        let (tls, revoked) = (TlsConnector::from(self.tls.clone()), self.revoked.clone());
+        Box::pin(async move {
+            let tcp = TcpStream::connect(lead).await?;
+            tcp.set_nodelay(true)?;
+            let name = SERVER_NAME
+                .try_into()
+                .expect("the server name is a DNS name");
+            let stream = tls.connect(name, tcp).await?;
+            let shown = Shown::of_peer(stream.get_ref().1).map_err(io::Error::other)?;
+            let stream = Guarded::new(stream, Arc::new(shown), revoked);
+            Ok(Box::new(stream) as Box<dyn Line>)
+        })
+    }
+}
+
 /// Follows one lead after the other.
 #[derive(Debug)]
 pub struct LeadClient {
     /// Where the leads are.
     pub leads: Vec<SocketAddr>,
-    /// TLS that accepts leads only.
-    pub tls: Arc<ClientConfig>,
-    /// The certificates that count no more: a stream to a lead with one of them ends.
-    pub revoked: RevokedList,
+    /// The way to them.
+    pub lines: Arc<dyn Lines>,
     /// The cluster's name.
     pub cluster: String,
     /// What its operator says of it.
@@ -168,7 +205,7 @@ impl LeadClient {
 
     /// Connects, says hello and waits for the welcome.
     async fn open(&mut self, lead: SocketAddr) -> Result<Stream, Parting> {
-        let channel = connect(lead, self.tls.clone(), self.revoked.clone())
+        let channel = connect(lead, self.lines.clone())
             .await
             .map_err(Parting::Connect)?;
         let mut client = LeadDoorClient::new(channel)
@@ -183,7 +220,7 @@ impl LeadClient {
             revision: outbox.revision,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         });
-        let greeted = Instant::now();
+        let greeted = now();
         sender
             .try_send(hello)
             .expect("the channel is new and has room for eight");
@@ -238,7 +275,7 @@ impl LeadClient {
                     self.events.send(event).await.map_err(|_| Parting::Over)?;
                 }
                 _ = alive.tick() => {
-                    let now = Instant::now();
+                    let now = now();
                     if renewals.overdue(now) {
                         return Err(Parting::Unrenewed(lease));
                     }
@@ -331,25 +368,14 @@ fn refused(status: tonic::Status) -> Parting {
     Parting::Refused(Box::new(status))
 }
 
-/// A connection by mutual TLS to a lead, which ends with the lead's certificate.
+/// A channel to a lead.
 pub(crate) async fn connect(
     lead: SocketAddr,
-    tls: Arc<ClientConfig>,
-    revoked: RevokedList,
+    lines: Arc<dyn Lines>,
 ) -> Result<Channel, tonic::transport::Error> {
     let connector = tower::service_fn(move |_: Uri| {
-        let (tls, revoked) = (TlsConnector::from(tls.clone()), revoked.clone());
-        async move {
-            let tcp = TcpStream::connect(lead).await?;
-            tcp.set_nodelay(true)?;
-            let name = SERVER_NAME
-                .try_into()
-                .expect("the server name is a DNS name");
-            let stream = tls.connect(name, tcp).await?;
-            let shown = Shown::of_peer(stream.get_ref().1).map_err(io::Error::other)?;
-            let stream = Guarded::new(stream, Arc::new(shown), revoked);
-            io::Result::Ok(TokioIo::new(stream))
-        }
+        let dialling = lines.dial(lead);
+        async { io::Result::Ok(TokioIo::new(dialling.await?)) }
     });
     Endpoint::from_static("http://weft.internal")
         .connect_timeout(CONNECT)

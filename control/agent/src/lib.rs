@@ -8,6 +8,9 @@
 //!                        '--> driver.rs   runs the instances
 //! ```
 //!
+//! What it finds around it comes over three seams, which a simulation fills otherwise: [`lead::Lines`] to the leads,
+//! [`store::Shelf`] for what is kept, [`driver::Driver`] for the instances. Its clock is tokio's.
+//!
 //! `join.rs` makes a machine an agent by a token, and `renewal.rs` renews the certificate that it got.
 //!
 //! With no lead and no node in reach it goes on with what it has (I5), also after a restart. It does not place
@@ -34,9 +37,9 @@ use crate::{
     door::Door,
     driver::Driver,
     engine::Engine,
-    lead::{LeadClient, Outbox},
+    lead::{LeadClient, Lines, Outbox, TlsLines},
     renewal::Renewal,
-    store::{Store, StoreError},
+    store::{Folder, Shelf, Store, StoreError},
 };
 
 pub mod cluster;
@@ -123,9 +126,12 @@ impl<D: Driver> Agent<D> {
             .credentials
             .client(&[b"h2"], |role| matches!(role, Role::Lead { .. }))
             .map_err(AgentError::Credentials)?;
-        let now = Instant::now();
+        let now = now();
         let owner = identity.to_string();
-        let (store, writer, kept) = Store::open(self.state.as_deref(), &owner, now)?;
+        let shelf = self
+            .state
+            .map(|dir| Arc::new(Folder(dir)) as Arc<dyn Shelf>);
+        let (store, writer, kept) = Store::open(shelf, &owner, now)?;
         let capacity = self.config.capacity();
         let (event, events) = mpsc::channel(EVENTS);
         let (outbox, outgoing) = watch::channel(Outbox::default());
@@ -137,16 +143,18 @@ impl<D: Driver> Agent<D> {
         let nodes = capacity.keys().cloned().collect();
         let door = Door::new(identity, nodes, event.clone(), revoked.clone());
         let credentials = Arc::new(self.credentials);
+        let lines: Arc<dyn Lines> = Arc::new(TlsLines {
+            tls: client,
+            revoked: revoked.clone(),
+        });
         let renewal = Renewal {
             credentials: credentials.clone(),
             leads: self.leads.clone(),
-            tls: client.clone(),
-            revoked: revoked.clone(),
+            lines: lines.clone(),
         };
         let leads = LeadClient {
             leads: self.leads,
-            tls: client,
-            revoked: revoked.clone(),
+            lines,
             cluster,
             facts: self.config.facts,
             outbox: outgoing,
@@ -191,6 +199,11 @@ impl<D: Driver> Agent<D> {
         }
         outcome
     }
+}
+
+/// The time by tokio's clock: a stopped one stops the agent too.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 async fn finish(task: impl Future<Output = ()>) -> Result<(), AgentError> {

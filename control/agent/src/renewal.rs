@@ -11,12 +11,14 @@ use std::{
 };
 
 use control_api::join::{RenewDoorClient, RenewRequest};
-use netmanager_api::identity::{Credentials, IdentityError, RevokedList, Shown};
-use rustls::ClientConfig;
+use netmanager_api::identity::{Credentials, IdentityError, Shown};
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 
-use crate::{lead::connect, request::KeyRequest};
+use crate::{
+    lead::{Lines, connect},
+    request::KeyRequest,
+};
 
 /// How often the certificate is looked at.
 const LOOK: Duration = Duration::from_secs(60);
@@ -31,9 +33,8 @@ const COMPLAIN: Duration = Duration::from_secs(3_600);
 pub(crate) struct Renewal {
     pub(crate) credentials: Arc<Credentials>,
     pub(crate) leads: Vec<SocketAddr>,
-    /// TLS that accepts leads only.
-    pub(crate) tls: Arc<ClientConfig>,
-    pub(crate) revoked: RevokedList,
+    /// The way to them.
+    pub(crate) lines: Arc<dyn Lines>,
 }
 
 /// Why a lead did not renew it.
@@ -98,7 +99,7 @@ impl Renewal {
 
     async fn ask(&self, lead: SocketAddr) -> Result<(), RenewalError> {
         let wish = KeyRequest::new(&self.credentials.identity.to_string())?;
-        let channel = connect(lead, self.tls.clone(), self.revoked.clone()).await?;
+        let channel = connect(lead, self.lines.clone()).await?;
         let mut door = RenewDoorClient::new(channel);
         let request = RenewRequest {
             request: wish.request,

@@ -241,7 +241,7 @@ impl Behind {
 }
 
 /// HTTP on a connection, until it ends.
-async fn speak<S>(stream: S, peer: SocketAddr, routes: Router)
+pub(crate) async fn speak<S>(stream: S, peer: SocketAddr, routes: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

@@ -8,10 +8,13 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
+use axum::{Extension, Router};
 use control_core::base::{KnowledgeBase, Mesh};
-use netmanager_api::identity::RevokedList;
-use tokio::sync::{mpsc, watch};
+use netmanager_api::identity::{Identity, RevokedList};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{mpsc, watch},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -173,6 +176,16 @@ impl Running {
             shutdown: self.shutdown.clone(),
         };
         door::routes(&self.lead, agents)
+    }
+
+    /// Serves who is known as `identity` on a connection of theirs, as its door does behind the handshake, until it ends.
+    pub fn serve(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        identity: Identity,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let peer = SocketAddr::from(([0; 4], 0));
+        door::speak(stream, peer, self.routes().layer(Extension(identity)))
     }
 
     /// What can be asked of it by who shows a token.

@@ -16,7 +16,6 @@
 mod cgroup;
 mod cni;
 mod keeper;
-mod life;
 mod pod;
 mod process;
 
@@ -43,13 +42,15 @@ use self::{
     cgroup::Cgroups,
     cni::Plugin,
     keeper::Keeper,
-    life::{Event, Life},
     pod::{Kept, Pod},
     process::{is_alive, kill_all},
 };
 use crate::{
     config::LocalConfig,
-    driver::{Driver, State, Status, Statuses},
+    driver::{
+        Driver, State, Status, Statuses,
+        life::{Event, Life},
+    },
 };
 
 /// For an instance whose node is configured no more.

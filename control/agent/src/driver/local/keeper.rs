@@ -21,11 +21,13 @@ use nix::sys::signal::Signal;
 
 use super::{
     Shared,
-    life::{Event, Life, Todo},
     pod::{Kept, Pod},
     process::{self, NotStarted, ending, is_alive, kill_all},
 };
-use crate::driver::{State, Status};
+use crate::driver::{
+    State, Status,
+    life::{Event, Life, Todo},
+};
 
 /// From one look at the process to the next.
 const LOOK: Duration = Duration::from_millis(100);

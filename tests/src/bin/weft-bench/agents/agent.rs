@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use weft_agent::{
     event::Event,
-    lead::{LeadClient, Outbox},
+    lead::{LeadClient, Outbox, TlsLines},
 };
 
 use super::{cluster::Cluster, shape::cluster_name};
@@ -87,8 +87,10 @@ impl Agent {
         let (unmeasured, conditions) = watch::channel(Default::default());
         let client = LeadClient {
             leads: common.leads.clone(),
-            tls,
-            revoked: RevokedList::default(),
+            lines: Arc::new(TlsLines {
+                tls,
+                revoked: RevokedList::default(),
+            }),
             cluster: cluster_name(number),
             facts: Cluster::facts(number),
             outbox: said,

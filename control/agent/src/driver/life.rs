@@ -9,7 +9,7 @@
 //!                             '--Detached--> Over
 //! ```
 //!
-//! The keeper asks [`Life::todo`] what to do, does it, and says by [`Life::on`] what came of it.
+//! A keeper asks [`Life::todo`] what to do, does it, and says by [`Life::on`] what came of it.
 
 use std::time::{Duration, Instant};
 
@@ -31,8 +31,10 @@ const DETACH_TRIES: u32 = 3;
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Todo {
+pub enum Todo {
+    /// Give it an interface.
     Attach,
+    /// Start its process.
     Start,
     /// Try whether it takes connections.
     Probe,
@@ -53,27 +55,37 @@ pub(super) enum Todo {
 
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Event {
+pub enum Event {
+    /// It has its interface.
     Attached,
+    /// It has none, for now; why.
     AttachFailed(String),
+    /// Its process runs.
     Started,
     /// It can never start here; why.
     StartRefused(String),
+    /// It did not start this time; why.
     StartFailed(String),
+    /// It takes connections.
     Answered,
+    /// It takes none; why.
     Unanswered(String),
     /// Its process ended; how.
     Ended(String),
+    /// It is to end.
     Stop {
+        /// From the polite signal to the last one.
         grace: Duration,
     },
+    /// Nothing of it is left.
     Detached,
+    /// Something may be left; why.
     DetachFailed(String),
 }
 
 /// The life of one instance.
 #[derive(Clone, Debug)]
-pub(super) struct Life {
+pub struct Life {
     phase: Phase,
     reason: String,
     /// How often in a row something failed.
@@ -102,12 +114,12 @@ struct Running {
 
 impl Life {
     /// A new instance.
-    pub(super) fn new(now: Instant) -> Self {
+    pub fn new(now: Instant) -> Self {
         Self::at(Phase::Attaching { at: now })
     }
 
     /// An instance whose process was found running; whether it `serves` is as it was.
-    pub(super) fn adopted(serves: bool, now: Instant) -> Self {
+    pub fn adopted(serves: bool, now: Instant) -> Self {
         Self::at(Phase::Running(Running {
             since: now,
             probe_at: now,
@@ -121,7 +133,7 @@ impl Life {
     }
 
     /// An instance of which only remains were found.
-    pub(super) fn remains(now: Instant) -> Self {
+    pub fn remains(now: Instant) -> Self {
         Self::at(Phase::Detaching { at: now, tries: 0 })
     }
 
@@ -135,7 +147,7 @@ impl Life {
     }
 
     /// How far it is, in the agent's words.
-    pub(super) fn state(&self) -> State {
+    pub fn state(&self) -> State {
         match self.phase {
             Phase::Attaching { .. } | Phase::Starting { again: false, .. } => State::Starting,
             Phase::Starting { again: true, .. } => State::Restarting,
@@ -147,7 +159,7 @@ impl Life {
     }
 
     /// Why it does not serve; empty when it does.
-    pub(super) fn reason(&self) -> &str {
+    pub fn reason(&self) -> &str {
         match self.state() {
             State::Serving => "",
             _ => &self.reason,
@@ -155,12 +167,12 @@ impl Life {
     }
 
     /// Whether a process should be there.
-    pub(super) fn has_process(&self) -> bool {
+    pub fn has_process(&self) -> bool {
         matches!(self.phase, Phase::Running(_) | Phase::Ending { .. })
     }
 
     /// What to do now.
-    pub(super) fn todo(&self, now: Instant) -> Todo {
+    pub fn todo(&self, now: Instant) -> Todo {
         let due = |at: Instant, todo| if now >= at { todo } else { Todo::Wait(at) };
         match self.phase {
             Phase::Attaching { at } => due(at, Todo::Attach),
@@ -177,7 +189,7 @@ impl Life {
     }
 
     /// Takes an order or the outcome of what was done; what does not fit the phase says nothing.
-    pub(super) fn on(&mut self, event: Event, now: Instant) {
+    pub fn on(&mut self, event: Event, now: Instant) {
         match (self.phase, event) {
             (Phase::Attaching { .. }, Event::Attached) => {
                 self.failures = 0;
@@ -255,14 +267,14 @@ impl Life {
     }
 
     /// SIGTERM was sent.
-    pub(super) fn terminated(&mut self) {
+    pub fn terminated(&mut self) {
         if let Phase::Ending { term, .. } = &mut self.phase {
             *term = true;
         }
     }
 
     /// SIGKILL was sent; it is sent again until the process is gone.
-    pub(super) fn killed(&mut self, now: Instant) {
+    pub fn killed(&mut self, now: Instant) {
         if let Phase::Ending { kill_at, .. } = &mut self.phase {
             *kill_at = now + BACK_OFF;
         }
