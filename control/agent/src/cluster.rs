@@ -9,7 +9,7 @@
 //! No task, no socket, no file and no clock: the engine feeds it and carries out what it says.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -78,6 +78,7 @@ pub struct Cluster {
     lease_ends: Option<Instant>,
     contact: Contact,
     cut_off: bool,
+    hurried: BTreeSet<InstanceId>,
     started: Instant,
 }
 
@@ -113,6 +114,7 @@ impl Cluster {
             lease_ends: kept.lease_ends,
             contact: Contact::Settled,
             cut_off: false,
+            hurried: BTreeSet::new(),
             started: now,
         }
     }
@@ -121,6 +123,7 @@ impl Cluster {
     pub fn welcomed(&mut self, welcome: Welcome, sent: Instant) {
         let before = self.charge.session.replace(welcome.session);
         self.cut_off |= before.is_some_and(|before| before != welcome.session);
+        self.hurried.clear();
         self.charge.lease = Some(welcome.lease());
         self.lease_ends = self.lease_ends.max(Some(sent + welcome.lease()));
         self.contact = Contact::AwaitsOrders;
@@ -280,6 +283,7 @@ impl Cluster {
             lease: self.charge.lease,
             contact: self.contact,
             cut_off: self.cut_off,
+            hurried: &self.hurried,
             now,
         }
     }
@@ -326,6 +330,7 @@ impl Cluster {
         if settled {
             self.contact = Contact::Settled;
             self.cut_off = false;
+            self.hurried.clear();
         }
     }
 
@@ -334,6 +339,9 @@ impl Cluster {
             Action::Stop { id, grace } => {
                 tracing::info!(instance = %show(id), ?grace, "stopping an instance");
                 driver.stop(id, *grace);
+                if self.cut_off {
+                    self.hurried.insert(id.clone());
+                }
             }
             Action::Forget { id } => {
                 tracing::info!(instance = %show(id), "forgetting an instance");

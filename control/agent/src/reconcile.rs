@@ -10,7 +10,7 @@
 //! was away for one. What no order names is left alone.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -95,6 +95,8 @@ pub struct View<'a> {
     pub contact: Contact,
     /// The leads gave the cluster up before this contact: what is to be stopped is a copy that was cut off.
     pub cut_off: bool,
+    /// What has been told since that contact to stop soon.
+    pub hurried: &'a BTreeSet<InstanceId>,
     /// Now.
     pub now: Instant,
 }
@@ -245,7 +247,7 @@ pub fn reconcile(view: &View<'_>) -> Vec<Action> {
     for (id, order) in orders {
         let status = view.statuses.get(id);
         match &order.want {
-            Want::Stop => actions.extend(stop(id, status, stop_grace(view, order))),
+            Want::Stop => actions.extend(stop_ordered(view, id, status, order)),
             Want::Run(run) => match keep(view, id, order, run) {
                 Keep::Start => starts.push((id, order, run.as_ref())),
                 Keep::Do(action) => actions.push(action),
@@ -280,13 +282,24 @@ pub fn may_start(view: &View<'_>, orders: &Orders) -> bool {
     }
 }
 
-fn stop_grace(view: &View<'_>, order: &Assignment) -> Duration {
+fn stop_ordered(
+    view: &View<'_>,
+    id: &InstanceId,
+    status: Option<&Status>,
+    order: &Assignment,
+) -> Option<Action> {
     let grace = Duration::from_millis(order.grace_ms);
-    if view.cut_off {
-        grace.min(CUT_OFF_GRACE)
-    } else {
-        grace
+    if !view.cut_off {
+        return stop(id, status, grace);
     }
+    let grace = grace.min(CUT_OFF_GRACE);
+    let stops = status.is_some_and(|status| status.state == State::Stopping);
+    if stops && !view.hurried.contains(id) {
+        // It was told before, and given longer.
+        let id = id.clone();
+        return Some(Action::Stop { id, grace });
+    }
+    stop(id, status, grace)
 }
 
 fn stop(id: &InstanceId, status: Option<&Status>, grace: Duration) -> Option<Action> {

@@ -18,6 +18,7 @@ pub(crate) struct Scene {
     pub(crate) lease_ends: Option<Instant>,
     pub(crate) contact: Contact,
     pub(crate) cut_off: bool,
+    pub(crate) hurried: BTreeSet<InstanceId>,
     pub(crate) start: Instant,
     pub(crate) now: Instant,
 }
@@ -35,6 +36,7 @@ impl Scene {
             lease_ends: Some(start + Duration::from_secs(60)),
             contact: Contact::Settled,
             cut_off: false,
+            hurried: BTreeSet::new(),
             start,
             now: start,
         };
@@ -57,6 +59,7 @@ impl Scene {
             lease: Some(Duration::from_secs(10)),
             contact: self.contact,
             cut_off: self.cut_off,
+            hurried: &self.hurried,
             started: self.start,
             now: self.now,
         }
@@ -187,6 +190,20 @@ fn a_copy_that_was_cut_off_is_stopped_within_two_seconds() {
     scene.contact = Contact::StopsFirst;
     scene.cut_off = true;
     assert_eq!(scene.does(), [stops(&old, 1500)]);
+}
+
+#[test]
+fn what_was_stopping_already_when_the_contact_came_back_is_given_no_longer_than_the_rest() {
+    let mut scene = Scene::new();
+    let old = id("s", 1);
+    scene.order(&old, Want::Stop);
+    scene.has(&old, "n1", State::Stopping);
+    scene.contact = Contact::StopsFirst;
+    assert_eq!(scene.does(), []);
+    scene.cut_off = true;
+    assert_eq!(scene.does(), [stops(&old, 1500)]);
+    scene.hurried.insert(old);
+    assert_eq!(scene.does(), [], "it is told once");
 }
 
 #[test]
