@@ -189,6 +189,14 @@ async fn send(outbound: &Sender, message: ToAgent) -> Result<(), Status> {
 /// Continues the session that the agent had, or begins a new one.
 async fn register(lead: &Lead, cluster: &Name, hello: Hello) -> Result<Welcome, Status> {
     lead.catch_up().await.map_err(unavailable)?;
+    let now_ms = lead.clock.now_ms();
+    let admits = |base: &KnowledgeBase| base.admits(cluster, hello.session, now_ms);
+    if !lead.replica.read(admits) {
+        return Err(Status::unavailable(format!(
+            "cluster {cluster} has an agent, which is not this one: where it is no more, wait until its lease is over; an \
+             agent that is started again goes on at once with its --state"
+        )));
+    }
     let continued = lead.replica.read(|base| {
         let known = base.clusters.get(cluster)?;
         let same = hello.session == Some(known.session)

@@ -198,6 +198,22 @@ impl KnowledgeBase {
         }
     }
 
+    /// Whether who shows `session`, if any, may be a cluster's agent at `now_ms`: only who shows the last one is known to be
+    /// the same. Somebody else runs what the cluster must run beside what runs already, so the last agent must be lost, and
+    /// its one-writer services fenced.
+    #[must_use]
+    pub fn admits(&self, name: &Name, session: Option<u64>, now_ms: u64) -> bool {
+        let Some(known) = self.clusters.get(name) else {
+            return true;
+        };
+        let fenced_ms = match known.state {
+            _ if session == Some(known.session) => return true,
+            ClusterState::Ready => return false,
+            ClusterState::Lost { since_ms } => since_ms + self.fence_margin_ms(),
+        };
+        fenced_ms <= now_ms.max(self.log_time_ms)
+    }
+
     pub(super) fn report(&mut self, name: &Name, session: u64, report: &Report) -> Outcome {
         let cluster = self.session(name, session)?;
         let with4 = cluster.without_ipv4.is_none();

@@ -258,6 +258,26 @@ fn a_report_of_a_lost_cluster_is_refused_until_it_registers() {
 }
 
 #[test]
+fn a_second_agent_waits_until_the_first_is_lost_and_fenced() {
+    let mut world = World::new();
+    let first = Some(world.agent("fog").session);
+    let now = world.kb.log_time_ms;
+    let admits = |world: &World, session, now_ms| world.kb.admits(&name("fog"), session, now_ms);
+    assert!(world.kb.admits(&name("new"), None, now));
+    assert!(admits(&world, first, now));
+    assert!(!admits(&world, None, u64::MAX));
+    assert!(!admits(&world, Some(1), u64::MAX));
+    world.lose("fog");
+    let ClusterState::Lost { since_ms } = world.kb.clusters[&name("fog")].state else {
+        panic!("it is lost");
+    };
+    let fenced = since_ms + 10_000 / 10 + STOP_GRACE_MS;
+    assert!(admits(&world, first, since_ms));
+    assert!(!admits(&world, None, fenced - 1));
+    assert!(admits(&world, None, fenced));
+}
+
+#[test]
 fn a_cluster_that_collides_in_ipv6_cannot_join() {
     let mut world = World::new();
     let mut facts = facts(Tier::Fog, 1);
