@@ -183,6 +183,67 @@ impl Client {
     }
 }
 
+/// Who owns an application, and changes and moves it.
+pub(crate) struct Owner {
+    pub(crate) leads: u64,
+    pub(crate) clusters: usize,
+    pub(crate) wire: Arc<HostWire>,
+    pub(crate) random: Random,
+    pub(crate) trace: Trace,
+}
+
+impl Owner {
+    /// Makes the application, and then changes something every now and then until `end`.
+    pub(crate) async fn run(mut self, end: u64) {
+        let mut version = 0;
+        while !self.apply(version).await {}
+        while self.wire.clock.now() < end {
+            sleep(Duration::from_millis(self.random.within(500, 12_000))).await;
+            if self.random.chance(400) {
+                version += 1;
+                self.apply(version).await;
+            } else {
+                self.migrate().await;
+            }
+        }
+    }
+
+    async fn ask(&mut self, what: &str, request: Request<Bytes>) -> bool {
+        let lead = usize::try_from(self.random.within(0, self.leads)).expect("they are few");
+        let answer = timeout(PATIENCE, self.wire.ask(lead, request)).await;
+        let status = answer.ok().and_then(Result::ok).map(|(status, _)| status);
+        let now = self.wire.clock.now();
+        self.trace
+            .note(now, format_args!("owner: {what} at {lead}: {status:?}"));
+        status == Some(StatusCode::OK)
+    }
+
+    async fn apply(&mut self, version: u64) -> bool {
+        let replicas = self.random.within(1, 4);
+        let goal = format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: MeshApplication\nmetadata: {{ name: shop }}\nspec:\n  services:\n\
+             \x20   - {{ name: front, command: [x], replicas: {replicas}, env: {{ V: \"{version}\" }}, \
+             requests: {{ cpu: 100m, memory: 64Mi }}, ports: [{{ name: http, port: 80 }}] }}\n\
+             \x20   - {{ name: store, command: [x], writers: one, requests: {{ cpu: 100m, memory: 64Mi }}, \
+             ports: [{{ name: http, port: 80 }}] }}\n\
+             \x20   - {{ name: ledger, command: [x], writers: one, ports: [{{ name: http, port: 80 }}] }}\n\
+             \x20 links:\n    - {{ from: front, to: store }}\n    - {{ from: store, to: front }}\n"
+        );
+        let request = request(Method::POST, "/v1/applications", goal);
+        self.ask("apply", request).await
+    }
+
+    async fn migrate(&mut self) {
+        let service = *self.random.pick(&["front", "front", "store", "ledger"]);
+        let to = self.random.within(0, self.clusters as u64);
+        let wish = format!(r#"{{"slot":"default/shop/{service}#0","to":"cluster{to}"}}"#);
+        let mut request = request(Method::POST, "/v1/migrations", wish);
+        let json = http::HeaderValue::from_static("application/json");
+        request.headers_mut().insert("content-type", json);
+        self.ask("migrate", request).await;
+    }
+}
+
 fn request(method: Method, path: &str, body: String) -> Request<Bytes> {
     Request::builder()
         .method(method)

@@ -5,15 +5,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
+    host::agent_host,
     network::{HostId, Weather},
     random::Random,
 };
 
+/// Ways, from and to.
+pub(crate) type Ways = BTreeSet<(HostId, HostId)>;
+
 /// One thing that happens.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    /// These ways are cut, all others are not.
-    Cut(BTreeSet<(HostId, HostId)>),
+    /// These ways are cut.
+    Cut(Ways),
+    /// These are not any more.
+    Mend(Ways),
     Weather(Weather),
     /// The power goes.
     Crash(HostId),
@@ -26,12 +32,31 @@ pub(crate) enum Event {
     Sleep(HostId, u64),
     /// The time of day is so wrong from now on, milliseconds.
     Jump(HostId, i64),
+    /// Something at an agent, by its place among them.
+    Agent(usize, AgentEvent),
 }
 
-/// When faults begin and end, milliseconds.
-pub(crate) const BEGIN: u64 = 1_500;
-/// See [`BEGIN`].
-pub(crate) const END: u64 = 7_500;
+/// What happens at an agent.
+#[derive(Clone, Debug)]
+pub(crate) enum AgentEvent {
+    Start,
+    /// Its process ends; what it runs goes on.
+    Crash,
+    /// The power of its machine goes.
+    CutPower,
+    /// It does nothing for so long, milliseconds.
+    Sleep(u64),
+    /// One of its nodes is away for so long, milliseconds.
+    LoseNode(usize, u64),
+    /// One of its instances ends by itself.
+    CrashProcess(usize),
+}
+
+/// From when to when something goes wrong, milliseconds.
+pub(crate) type Span = std::ops::Range<u64>;
+
+/// How long an agent may do nothing, milliseconds: a node fences within a tenth of a lease, its drift taken off.
+const STALL: u64 = 300;
 
 /// The events by time.
 pub(crate) type Plan = BTreeMap<u64, Vec<Event>>;
@@ -43,8 +68,8 @@ pub(crate) const CALM: Weather = Weather {
     twice: 0,
 };
 
-/// Draws what goes wrong among `leads` leads and the clients' host after them.
-pub(crate) fn draw(random: &mut Random, leads: usize) -> Plan {
+/// Draws what goes wrong among `leads` leads and the clients' host after them, about so often, milliseconds.
+pub(crate) fn among_leads(random: &mut Random, leads: usize, span: &Span, pause: u64) -> Plan {
     let mut plan = Plan::new();
     let mut at = |when: u64, event: Event| plan.entry(when).or_default().push(event);
     at(
@@ -55,14 +80,15 @@ pub(crate) fn draw(random: &mut Random, leads: usize) -> Plan {
         }),
     );
     let kinds: Vec<u64> = (0..7).filter(|_| random.chance(400)).collect();
-    let mut now = BEGIN;
-    while now < END && !kinds.is_empty() {
-        let until = (now + random.within(200, 2_500)).min(END);
+    let mut now = span.start;
+    while now < span.end && !kinds.is_empty() {
+        let until = (now + random.within(200, 2_500)).min(span.end);
         let host = *random.pick(&(0..leads).collect::<Vec<_>>());
         match random.pick(&kinds) {
             0 => {
-                at(now, Event::Cut(cut(random, leads, host)));
-                at(until, Event::Cut(BTreeSet::new()));
+                let ways = cut(random, leads, host);
+                at(now, Event::Cut(ways.clone()));
+                at(until, Event::Mend(ways));
             }
             1 => {
                 let weather = Weather {
@@ -99,9 +125,122 @@ pub(crate) fn draw(random: &mut Random, leads: usize) -> Plan {
                 at(now + random.within(50, 1_000), Event::Start(host));
             }
         }
-        now += random.within(100, 2_000);
+        now += random.within(100, pause);
     }
     plan
+}
+
+/// Draws what goes wrong at the agents of `clusters` clusters, each by itself.
+pub(crate) fn at_agents(
+    random: &mut Random,
+    (leads, clusters): (usize, usize),
+    span: &Span,
+) -> Plan {
+    let mut plan = Plan::new();
+    let kinds: Vec<u64> = (0..6).filter(|_| random.chance(500)).collect();
+    let mut now = span.start;
+    while now < span.end && !kinds.is_empty() {
+        let mut at = |when: u64, event: Event| plan.entry(when).or_default().push(event);
+        let until = (now + random.within(200, 25_000)).min(span.end);
+        let cluster = usize::try_from(random.within(0, clusters as u64)).expect("they are few");
+        let mut agent = |when: u64, event| at(when, Event::Agent(cluster, event));
+        match random.pick(&kinds) {
+            0 => lose(random, &mut plan, (leads, cluster), now..until),
+            1 => {
+                agent(now, AgentEvent::Crash);
+                agent(until, AgentEvent::Start);
+            }
+            2 => {
+                agent(now, AgentEvent::CutPower);
+                agent(until, AgentEvent::Start);
+            }
+            3 => agent(now, AgentEvent::Sleep(random.within(10, STALL))),
+            4 => {
+                let node = usize::try_from(random.within(0, 2)).expect("it is small");
+                agent(now, AgentEvent::LoseNode(node, until - now));
+            }
+            _ => {
+                let process = usize::try_from(random.within(0, 8)).expect("it is small");
+                agent(now, AgentEvent::CrashProcess(process));
+            }
+        }
+        now += random.within(100, 8_000);
+    }
+    plan
+}
+
+/// Draws losses of every cluster, one after the other, and their returns.
+pub(crate) fn returns(random: &mut Random, (leads, clusters): (usize, usize), span: &Span) -> Plan {
+    let mut plan = Plan::new();
+    for cluster in 0..clusters {
+        let mut now = span.start + random.within(0, 12_000);
+        loop {
+            // Some are back before their lease ends, most are not.
+            let until = now + random.within(8_000, 22_000);
+            if until >= span.end {
+                break;
+            }
+            match random.within(0, 4) {
+                0 => {
+                    let mut at = |when, event| {
+                        let event = Event::Agent(cluster, event);
+                        plan.entry(when).or_default().push(event);
+                    };
+                    let event = *random.pick(&[true, false]);
+                    let event = if event {
+                        AgentEvent::Crash
+                    } else {
+                        AgentEvent::CutPower
+                    };
+                    at(now, event);
+                    at(until, AgentEvent::Start);
+                }
+                _ => lose(random, &mut plan, (leads, cluster), now..until),
+            }
+            now = until + random.within(1_500, 15_000);
+        }
+    }
+    plan
+}
+
+/// Draws second agents of the clusters, which are behind the first ones; each ends with its machine.
+pub(crate) fn twins(random: &mut Random, clusters: usize, span: &Span) -> Plan {
+    let mut plan = Plan::new();
+    let mut now = span.start;
+    while now < span.end {
+        let cluster = usize::try_from(random.within(0, clusters as u64)).expect("they are few");
+        let until = (now + random.within(500, 20_000)).min(span.end);
+        let mut at = |when, event| {
+            let event = Event::Agent(clusters + cluster, event);
+            plan.entry(when).or_default().push(event);
+        };
+        at(now, AgentEvent::Start);
+        at(until, AgentEvent::CutPower);
+        now = until + random.within(5_000, 15_000);
+    }
+    plan
+}
+
+/// Adds a plan to another.
+pub(crate) fn join(plan: &mut Plan, other: Plan) {
+    for (at, events) in other {
+        plan.entry(at).or_default().extend(events);
+    }
+}
+
+/// Cuts an agent from all leads, both ways or one, for a while.
+fn lose(random: &mut Random, plan: &mut Plan, (leads, cluster): (usize, usize), span: Span) {
+    let agent = agent_host(leads, cluster);
+    let to = (0..leads).map(|lead| (agent, lead));
+    let from = (0..leads).map(|lead| (lead, agent));
+    let ways: Ways = match random.within(0, 4) {
+        0 => to.collect(),
+        1 => from.collect(),
+        _ => to.chain(from).collect(),
+    };
+    let mut at = |when, event| plan.entry(when).or_default().push(event);
+    at(span.start, Event::Cut(ways.clone()));
+    at(span.end, Event::Mend(ways));
 }
 
 /// Ways that are cut around `host`.

@@ -28,6 +28,7 @@ use weft_lead::{Aside, Clock, Running, Settings, World};
 
 use crate::{
     disk::Disk,
+    line::{Lines, Piece},
     network::{Answer, HOP, HostId, HostWire, Network, Parcel, Waiting, address},
     random::Random,
     time::HostClock,
@@ -37,6 +38,9 @@ use crate::{
 const MORNING: u64 = 1_800_000_000_000;
 /// The largest answer that is read, bytes.
 const LIMIT: usize = 64 << 20;
+
+/// How many clusters there are at most: a lost one is no third of them.
+pub(crate) const CLUSTERS: usize = 4;
 
 /// The name of the mesh.
 pub(crate) const MESH: &str = "sim";
@@ -70,7 +74,7 @@ fn lock(stage: &SharedStage) -> std::sync::MutexGuard<'_, Stage> {
 }
 
 /// A runtime whose clock only goes on where nothing else can.
-fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
@@ -88,6 +92,7 @@ pub(crate) struct LeadHost {
     runtime: Option<Runtime>,
     pub(crate) disk: Disk,
     clock: HostClock,
+    lines: Lines,
     /// How far its time of day is from the right one, milliseconds.
     pub(crate) skew: Arc<AtomicI64>,
     stage: SharedStage,
@@ -105,6 +110,7 @@ impl LeadHost {
         let slowness = *random.pick(&[0, 2, 8]);
         Self {
             id,
+            lines: Lines::new(id, HostClock::default(), network.clone()),
             network,
             slowness,
             settings,
@@ -127,6 +133,7 @@ impl LeadHost {
         self.disk = Disk::new(image, self.slowness, self.random.fork());
         self.stage = Arc::default();
         self.clock = HostClock::default();
+        self.lines = Lines::new(self.id, self.clock.clone(), self.network.clone());
         self.asleep = None;
         let (clock, skew) = (self.clock.clone(), self.skew.clone());
         let time_of_day = move || {
@@ -154,6 +161,7 @@ impl LeadHost {
     /// Cuts the power.
     pub(crate) fn crash(&mut self) {
         self.disk.cut();
+        self.lines.silence();
         self.runtime = None;
         *lock(&self.stage) = Stage::Starting;
     }
@@ -165,6 +173,13 @@ impl LeadHost {
 
     pub(crate) fn is_on(&self) -> bool {
         self.runtime.is_some()
+    }
+
+    /// Whether its lead is up and awake.
+    pub(crate) fn is_well(&self) -> bool {
+        self.runtime.is_some()
+            && self.asleep.is_none()
+            && matches!(&*lock(&self.stage), Stage::Up(_))
     }
 
     /// Why its lead ended by itself, if it did.
@@ -192,9 +207,18 @@ impl LeadHost {
         let arrivals = self.network.arrivals(self.id, now + HOP);
         let Some(runtime) = &self.runtime else {
             for (at, parcel) in arrivals {
-                if let Parcel::Request { from, waiting, .. } = parcel {
-                    let refused = Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
-                    self.network.answer(at, (self.id, from), refused, waiting);
+                match parcel {
+                    Parcel::Request { from, waiting, .. } => {
+                        let refused = Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
+                        self.network.answer(at, (self.id, from), refused, waiting);
+                    }
+                    Parcel::Line { from, line, piece } => {
+                        if matches!(piece, Piece::Open) {
+                            let way = (self.id, from);
+                            self.network.send_piece(at, way, line, Piece::Reset);
+                        }
+                    }
+                    Parcel::Answer { .. } => {}
                 }
             }
             return;
@@ -215,6 +239,7 @@ impl LeadHost {
                     clock: self.clock.clone(),
                     network: self.network.clone(),
                     disk: self.disk.clone(),
+                    lines: self.lines.clone(),
                 };
                 tokio::spawn(async move {
                     sleep_until(due).await;
@@ -263,11 +288,22 @@ struct Receive {
     clock: HostClock,
     network: Network,
     disk: Disk,
+    lines: Lines,
 }
 
 impl Receive {
     async fn parcel(self, parcel: Parcel) {
         match parcel {
+            Parcel::Line { from, line, piece } => {
+                let up = match &*lock(&self.stage) {
+                    Stage::Up(up) => Some(up.clone()),
+                    _ => None,
+                };
+                let end = self.lines.take(from, line, piece, up.is_some());
+                if let Some((up, end)) = up.zip(end) {
+                    up.running.serve(end, self.identity(from)).await;
+                }
+            }
             Parcel::Answer { answer, waiting } => give(waiting, answer),
             Parcel::Request {
                 from,
@@ -288,29 +324,50 @@ impl Receive {
         }
     }
 
+    /// Who a host's certificate says that it is.
+    fn identity(&self, from: HostId) -> Identity {
+        let role = if from < self.leads {
+            Role::Lead { name: name(from) }
+        } else if from == self.leads {
+            Role::User {
+                name: "user".to_owned(),
+                access: Access::Admin,
+            }
+        } else {
+            let cluster = (from - agent_host(self.leads, 0)) % CLUSTERS;
+            Role::Agent {
+                cluster: cluster_name(cluster),
+            }
+        };
+        Identity {
+            mesh: MESH.to_owned(),
+            role,
+        }
+    }
+
     async fn serve(&self, from: HostId, request: Request<Bytes>) -> Answer {
         let up = match &*lock(&self.stage) {
             Stage::Up(up) => up.clone(),
             _ => return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into()),
         };
-        let role = if from < self.leads {
-            Role::Lead { name: name(from) }
-        } else {
-            Role::User {
-                name: "user".to_owned(),
-                access: Access::Admin,
-            }
-        };
         let mut request = request.map(Body::from);
-        request.extensions_mut().insert(Identity {
-            mesh: MESH.to_owned(),
-            role,
-        });
+        request.extensions_mut().insert(self.identity(from));
         let answer = up.routes.oneshot(request).await?;
         let status = answer.status();
         let body = axum::body::to_bytes(answer.into_body(), LIMIT).await?;
         Ok((status, body))
     }
+}
+
+/// The name of a cluster.
+pub(crate) fn cluster_name(cluster: usize) -> String {
+    format!("cluster{cluster}")
+}
+
+/// The host of a cluster's agent, behind the leads and the clients; that of a second agent by the same name follows
+/// all of them.
+pub(crate) fn agent_host(leads: usize, cluster: usize) -> HostId {
+    leads + 1 + cluster
 }
 
 /// Where a request came from; broken when its host ends.

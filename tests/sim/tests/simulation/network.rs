@@ -1,8 +1,8 @@
-//! The network of the simulation: requests and answers on their way, and what happens to them there.
+//! The network of the simulation: requests and answers on their way, connections, and what happens to them there.
 //!
 //! A message takes at least [`HOP`], so that hosts can be run one after the other for that long without missing
 //! anything. A lost message is silence; messages may overtake each other, and openraft's own may arrive twice (the
-//! others travel over TCP, which does not repeat them).
+//! others travel over TCP, which does not repeat them). What belongs to a connection is sent again where it is lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,12 +16,20 @@ use http::{Request, StatusCode};
 use tokio::sync::oneshot;
 use weft_lead::{Boxed, Wire, dial::DialError};
 
-use crate::{disk::Disk, random::Random, time::HostClock, trace::Trace};
+use crate::{
+    disk::Disk,
+    line::{LineId, Piece},
+    random::Random,
+    time::HostClock,
+    trace::Trace,
+};
 
 /// The shortest way between two hosts, milliseconds.
 pub(crate) const HOP: u64 = 8;
+/// How long the sender of a connection's piece waits before it sends it again, milliseconds.
+const AGAIN: u64 = 250;
 
-/// A host's number: the leads from 0, then the clients'.
+/// A host's number: the leads from 0, then the clients', then the agents'.
 pub(crate) type HostId = usize;
 
 pub(crate) type Answer = Result<(StatusCode, Bytes), DialError>;
@@ -39,6 +47,11 @@ pub(crate) enum Parcel {
     Answer {
         answer: Answer,
         waiting: Waiting,
+    },
+    Line {
+        from: HostId,
+        line: LineId,
+        piece: Piece,
     },
 }
 
@@ -62,6 +75,7 @@ struct Inner {
     cut: BTreeSet<(HostId, HostId)>,
     under_way: BTreeMap<(u64, u64), (HostId, Parcel)>,
     sent: u64,
+    lines: LineId,
     trace: Trace,
 }
 
@@ -78,6 +92,7 @@ impl Network {
             cut: BTreeSet::new(),
             under_way: BTreeMap::new(),
             sent: 0,
+            lines: 0,
             trace,
         };
         Self(Arc::new(Mutex::new(inner)))
@@ -96,9 +111,28 @@ impl Network {
         self.inner().weather = weather;
     }
 
-    /// Cuts these ways, and mends all others.
-    pub(crate) fn set_cut(&self, cut: BTreeSet<(HostId, HostId)>) {
-        self.inner().cut = cut;
+    /// Cuts these ways.
+    pub(crate) fn cut(&self, ways: BTreeSet<(HostId, HostId)>) {
+        self.inner().cut.extend(ways);
+    }
+
+    /// Mends these ways; all where none are named.
+    pub(crate) fn mend(&self, ways: Option<&BTreeSet<(HostId, HostId)>>) {
+        let cut = &mut self.inner().cut;
+        cut.retain(|way| ways.is_some_and(|ways| !ways.contains(way)));
+    }
+
+    /// Whether nothing is cut off from anybody among these hosts, and nothing is lost or late.
+    pub(crate) fn is_calm_among(&self, mut hosts: impl FnMut(HostId) -> bool) -> bool {
+        let inner = self.inner();
+        let mut cut = inner.cut.iter();
+        let whole = !cut.any(|(from, to)| hosts(*from) && hosts(*to));
+        whole && inner.weather.loss == 0 && inner.weather.delay <= 30
+    }
+
+    /// Whether the way from one to the other is cut.
+    pub(crate) fn is_cut(&self, from: HostId, to: HostId) -> bool {
+        self.inner().cut.contains(&(from, to))
     }
 
     /// Sends a request at `now`.
@@ -146,6 +180,41 @@ impl Network {
         self.inner().send(now, (from, to), (&label, &body), parcel);
     }
 
+    /// A number for a connection.
+    pub(crate) fn next_line(&self) -> LineId {
+        let mut inner = self.inner();
+        inner.lines += 1;
+        inner.lines
+    }
+
+    /// Sends a piece of a connection at `now`.
+    pub(crate) fn send_piece(
+        &self,
+        now: u64,
+        (from, to): (HostId, HostId),
+        line: LineId,
+        piece: Piece,
+    ) {
+        let mut inner = self.inner();
+        // How many bytes it is says nothing: there is a time of day among them that is the system's.
+        let label = match &piece {
+            Piece::Bytes(number, _) => format!("#{line} {number}"),
+            piece => format!("#{line} {piece:?}"),
+        };
+        let weather = inner.weather;
+        let mut delay = HOP + inner.random.within(0, weather.delay + 1);
+        while inner.random.chance(weather.loss) {
+            delay += AGAIN;
+        }
+        inner
+            .trace
+            .note(now, format_args!("{from}>{to} {label} +{delay}"));
+        inner.sent += 1;
+        let key = (now + delay, inner.sent);
+        let parcel = Parcel::Line { from, line, piece };
+        inner.under_way.insert(key, (to, parcel));
+    }
+
     /// A host ended while it served a request: who waits hears so, or nothing.
     pub(crate) fn reset(&self, (from, to): (HostId, HostId), waiting: Waiting) {
         let mut inner = self.inner();
@@ -166,11 +235,21 @@ impl Network {
             .filter(|(_, (host, _))| *host == to)
             .map(|(key, _)| *key)
             .collect();
-        let arrivals = due.into_iter().filter_map(|key| {
-            let (_, parcel) = inner.under_way.remove(&key)?;
-            Some((key.0, parcel))
-        });
-        arrivals.collect()
+        let mut arrivals = Vec::new();
+        for key in due {
+            let Some((_, parcel)) = inner.under_way.remove(&key) else {
+                continue;
+            };
+            match parcel {
+                // It did not get through, and comes again.
+                Parcel::Line { from, .. } if inner.cut.contains(&(from, to)) => {
+                    let key = (key.0 + AGAIN, key.1);
+                    inner.under_way.insert(key, (to, parcel));
+                }
+                parcel => arrivals.push((key.0, parcel)),
+            }
+        }
+        arrivals
     }
 }
 

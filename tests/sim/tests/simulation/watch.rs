@@ -72,6 +72,11 @@ impl Watch {
         Ok(())
     }
 
+    /// The newest state that any lead has shown.
+    pub(crate) fn newest(&self) -> Option<&KnowledgeBase> {
+        self.states.values().next_back()
+    }
+
     /// The index that a lead was last seen at.
     pub(crate) fn index_of(&self, host: usize) -> Option<u64> {
         self.seen.get(&host).copied()
