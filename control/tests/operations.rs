@@ -11,7 +11,7 @@
 //! | `test: lose NAME` | its data are gone |
 //! | `test: damage NAME` | a bit of every page of its database is another |
 //! | `test: ended NAME [CODE]` | its process has ended by itself, with an error |
-//! | `test: said NAME` | the next commands stand in its log |
+//! | `test: said NAME COUNT` | so many of the next commands stand in its log |
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
@@ -62,7 +62,7 @@ enum Step {
     Lose(String),
     Damage(String),
     Ended(String, Option<i32>),
-    Said(String),
+    Said(String, usize),
 }
 
 /// The document's commands and comments, in order.
@@ -97,7 +97,10 @@ fn directive(comment: &str) -> Step {
             Some((name, code)) => Step::Ended(name.to_owned(), Some(code.parse().unwrap())),
             None => Step::Ended(rest, None),
         },
-        "said" => Step::Said(rest),
+        "said" => {
+            let (name, count) = rest.split_once(' ').unwrap();
+            Step::Said(name.to_owned(), count.parse().unwrap())
+        }
         _ => panic!("the document says {comment:?}"),
     }
 }
@@ -124,8 +127,8 @@ struct Stage {
     /// How each lead was started last.
     started: BTreeMap<String, String>,
     must_fail: bool,
-    /// Whose log holds the next commands.
-    said_by: Option<String>,
+    /// Whose log holds the next commands, and how many of them.
+    said_by: Option<(String, usize)>,
 }
 
 impl Stage {
@@ -155,18 +158,16 @@ impl Stage {
 
     fn take(&mut self, step: Step) {
         println!("{step:?}");
-        if !matches!(step, Step::Run(_)) {
-            self.said_by = None;
-        }
         match step {
             Step::Run(line) => {
-                if let Some(name) = &self.said_by {
+                if let Some((name, count)) = self.said_by.take().filter(|(_, count)| *count > 0) {
                     let log = self.dir.path().join(format!("log-{name}"));
                     let log = std::fs::read_to_string(log).unwrap();
                     assert!(
                         log.contains(&self.local(&line)),
                         "{name} did not say {line}"
                     );
+                    self.said_by = Some((name, count - 1));
                 }
                 self.run(&line);
             }
@@ -202,7 +203,7 @@ impl Stage {
                 }
                 std::fs::write(file, bytes).unwrap();
             }
-            Step::Said(name) => self.said_by = Some(name),
+            Step::Said(name, count) => self.said_by = Some((name, count)),
             Step::Ended(name, code) => {
                 let mut child = self.running.remove(&name).unwrap();
                 let end = Instant::now() + LIMIT;
