@@ -8,6 +8,7 @@
 pub mod binary;
 pub mod capture;
 pub mod cgroup;
+pub mod faults;
 pub mod leads;
 pub mod mesh;
 pub mod netns;

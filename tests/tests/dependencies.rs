@@ -38,7 +38,14 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ),
 ];
 /// Lives under `tests/` and may know everything; nothing may know it.
-const TESTS: &[&str] = &["weft-tests", "weft-fuzz", "bookinfo", "weft-sim", "xtask"];
+const TESTS: &[&str] = &[
+    "weft-tests",
+    "weft-fuzz",
+    "weft-history",
+    "bookinfo",
+    "weft-sim",
+    "xtask",
+];
 /// What the pure core must not reach, by any path.
 const IMPURE: &[&str] = &[
     "tokio",

@@ -147,7 +147,7 @@ pub(crate) fn netns(filter: Option<&str>) -> Result<Tally> {
 }
 
 /// Gives the calling thread, and what it starts, mounts of its own: an empty bpffs and no named namespaces.
-fn own_mounts() -> Result<()> {
+pub(crate) fn own_mounts() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, check, demo, ebpf, fuzz, host, sim, vm};
+use crate::{bench, check, demo, ebpf, faults, fuzz, host, sim, vm};
 
 /// Builds, tests, measures and shows Weft.
 #[derive(Debug, Parser)]
@@ -35,6 +35,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Runs the leads in simulated worlds, each decided by a seed.
     Sim(sim::SimArgs),
+    /// Runs real leads under faults, decided by a seed, and checks what their clients saw.
+    Faults(faults::FaultsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -67,6 +69,7 @@ impl Xtask {
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Sim(args) => sim::run(&args),
+            Command::Faults(args) => faults::run(&args),
         }
     }
 }

@@ -8,6 +8,7 @@ mod command;
 mod debian;
 mod demo;
 mod ebpf;
+mod faults;
 mod fuzz;
 mod host;
 mod sim;

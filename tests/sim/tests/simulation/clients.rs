@@ -3,83 +3,20 @@
 //! A register is an application with one service, which is named by the value. So a write also takes numbers for
 //! addresses and gives others back.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use control_api::http::{Application, Changed, List};
 use http::{Method, Request, StatusCode};
 use tokio::time::{sleep, timeout};
+use weft_history::{Deed, History, Shown};
 
-use crate::{
-    linear::{Deed, Operation, Shown},
-    network::HostWire,
-    random::Random,
-    trace::Trace,
-};
+use crate::{network::HostWire, random::Random, trace::Trace};
 
 /// How many registers there are.
 pub(crate) const REGISTERS: u64 = 3;
 /// How long a client waits for an answer; longer than a lead looks for its leader.
 const PATIENCE: Duration = Duration::from_secs(7);
-
-#[derive(Debug, Default)]
-struct Inner {
-    moment: u64,
-    last_value: u64,
-    operations: Vec<(u64, Operation)>,
-}
-
-/// What all clients did and saw.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct History(Arc<Mutex<Inner>>);
-
-impl History {
-    fn with<R>(&self, change: impl FnOnce(&mut Inner) -> R) -> R {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The operations on one register.
-    pub(crate) fn of(&self, register: u64) -> Vec<Operation> {
-        self.with(|inner| {
-            let own = inner.operations.iter().filter(|(of, _)| *of == register);
-            own.map(|(_, operation)| *operation).collect()
-        })
-    }
-
-    /// A client begins something; where it stands.
-    fn begin(&self, register: u64, deed: Deed) -> usize {
-        self.with(|inner| {
-            inner.moment += 1;
-            let operation = Operation {
-                deed,
-                began: inner.moment,
-                ended: None,
-            };
-            inner.operations.push((register, operation));
-            inner.operations.len() - 1
-        })
-    }
-
-    /// It was answered, and was this.
-    fn end(&self, at: usize, deed: Deed) {
-        self.with(|inner| {
-            inner.moment += 1;
-            inner.operations[at].1.deed = deed;
-            inner.operations[at].1.ended = Some(inner.moment);
-        });
-    }
-
-    /// A value that nobody has written.
-    fn value(&self) -> u64 {
-        self.with(|inner| {
-            inner.last_value += 1;
-            inner.last_value
-        })
-    }
-}
 
 /// One client.
 pub(crate) struct Client {

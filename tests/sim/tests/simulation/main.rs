@@ -21,10 +21,8 @@ mod faults;
 mod host;
 mod judge;
 mod line;
-mod linear;
 mod network;
 mod plant;
-mod random;
 mod run;
 mod shelf;
 mod time;
@@ -43,6 +41,8 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+use weft_history::random;
 
 use crate::{
     run::{Profile, Report, run},

@@ -7,15 +7,15 @@ use std::{
 };
 
 use control_core::base::Mesh;
+use weft_history::History;
 use weft_lead::{Compaction, Join, Settings, Timers};
 
 use crate::{
     agent::{AgentHost, Seat},
-    clients::{Client, History, Owner, REGISTERS},
+    clients::{Client, Owner, REGISTERS},
     faults::{self, AgentEvent, CALM, Event, Plan, Span},
     host::{CLUSTERS, ClientHost, LeadHost, MESH, agent_host, name, peers},
     judge::{Calm, Judge},
-    linear,
     network::{HOP, Network},
     random::Random,
     trace::Trace,
@@ -323,7 +323,7 @@ impl Simulation {
         self.watch.review()?;
         for register in 0..REGISTERS {
             let operations = self.history.of(register);
-            if !linear::is_linearizable(&operations) {
+            if !weft_history::is_linearizable(&operations) {
                 return Err(format!(
                     "register {register} is not linearizable: {operations:?}"
                 ));

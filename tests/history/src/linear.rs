@@ -7,11 +7,11 @@
 use std::collections::HashSet;
 
 /// What a register shows: its value, and how often it was written since it was made.
-pub(crate) type Shown = Option<(u64, u64)>;
+pub type Shown = Option<(u64, u64)>;
 
 /// What a client did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deed {
+pub enum Deed {
     /// It wrote a value that nobody else writes.
     Write(u64),
     /// It removed the register, which was there.
@@ -26,10 +26,13 @@ pub(crate) enum Deed {
 
 /// One operation: when it began and when its answer came, in one order of all such moments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Operation {
-    pub(crate) deed: Deed,
-    pub(crate) began: u64,
-    pub(crate) ended: Option<u64>,
+pub struct Operation {
+    /// What it was.
+    pub deed: Deed,
+    /// When it began.
+    pub began: u64,
+    /// When its answer came; `None`: none came.
+    pub ended: Option<u64>,
 }
 
 /// The register after `deed`; `None` when it cannot have happened to it.
@@ -45,7 +48,7 @@ fn step(shown: Shown, deed: Deed) -> Option<Shown> {
 }
 
 /// The most operations on one register.
-const MOST: usize = 128;
+pub const MOST: usize = 128;
 /// The value of writes that nobody saw.
 const UNSEEN: u64 = u64::MAX;
 
@@ -77,7 +80,11 @@ fn known(operations: &[Operation]) -> Vec<Operation> {
 }
 
 /// Whether there is an order of the operations that explains all answers.
-pub(crate) fn is_linearizable(operations: &[Operation]) -> bool {
+///
+/// # Panics
+/// With more than [`MOST`] operations that say something.
+#[must_use]
+pub fn is_linearizable(operations: &[Operation]) -> bool {
     let operations = known(operations);
     assert!(operations.len() <= MOST, "{} operations", operations.len());
     let answered = operations
