@@ -64,7 +64,7 @@ impl Profile {
         match self {
             Self::Leads => 1_500..7_500,
             Self::Mesh | Self::Twins => 8_000..40_000,
-            Self::Returns => 8_000..80_000,
+            Self::Returns => 8_000..55_000,
         }
     }
 
