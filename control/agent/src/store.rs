@@ -331,9 +331,9 @@ fn still_to_come(shelf: &dyn Shelf, lease: &LeaseEnd, now: Instant) -> Option<In
 mod tests {
     use super::*;
 
-    fn open(dir: &Path, owner: &str) -> Result<(Store, Writer, Kept), StoreError> {
+    fn open(dir: &Path, owner: &str, now: Instant) -> Result<(Store, Writer, Kept), StoreError> {
         let shelf = Arc::new(Folder(dir.to_owned()));
-        Store::open(Some(shelf), owner, Instant::now())
+        Store::open(Some(shelf), owner, now)
     }
 
     fn session(session: u64) -> Charge {
@@ -349,7 +349,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let now = Instant::now();
         let owner = "weft://m/agent/edge";
-        let (store, writer, kept) = open(dir.path(), owner).unwrap();
+        let (store, writer, kept) = open(dir.path(), owner, now).unwrap();
         assert_eq!(kept.charge, Charge::default());
         store.keep_charge(&session(1));
         store.keep_charge(&session(2));
@@ -357,7 +357,7 @@ mod tests {
         store.keep_lease(Duration::from_secs(60));
         drop(store);
         writer.run().await;
-        let (_, _, kept) = open(dir.path(), owner).unwrap();
+        let (_, _, kept) = open(dir.path(), owner, now).unwrap();
         assert_eq!(kept.charge, session(2));
         assert_eq!(kept.known["n1"], Known::default());
         let left = kept.lease_ends.unwrap() - now;
@@ -380,11 +380,12 @@ mod tests {
     #[test]
     fn a_damaged_file_or_a_foreign_directory_stops_the_agent() {
         let dir = tempfile::tempdir().unwrap();
-        open(dir.path(), "weft://m/agent/edge").unwrap();
-        let foreign = open(dir.path(), "weft://m/agent/fog").unwrap_err();
+        let now = Instant::now();
+        open(dir.path(), "weft://m/agent/edge", now).unwrap();
+        let foreign = open(dir.path(), "weft://m/agent/fog", now).unwrap_err();
         assert!(matches!(foreign, StoreError::Foreign { .. }), "{foreign}");
         fs::write(dir.path().join("ledger.json"), "{").unwrap();
-        let corrupt = open(dir.path(), "weft://m/agent/edge").unwrap_err();
+        let corrupt = open(dir.path(), "weft://m/agent/edge", now).unwrap_err();
         assert!(corrupt.to_string().contains("ledger.json"), "{corrupt}");
     }
 }
