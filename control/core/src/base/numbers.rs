@@ -3,9 +3,10 @@
 //! A number is in use, at rest or free. It leaves its rest when its time has passed *and*, for a service's
 //! number, when no instance of that service's earlier life is left that could still be sent to (I2). Numbers
 //! are given round and round, so that one which was just released comes last.
+//!
+//! A copy shares what is the same: each change of an application tries its numbers on one.
 
-use std::collections::{BTreeMap, BTreeSet};
-
+use rpds::{RedBlackTreeMapSync, RedBlackTreeSetSync};
 use serde::{Deserialize, Serialize};
 
 use crate::{command::Refusal, name::ServiceName};
@@ -28,8 +29,8 @@ pub struct Numbers {
 /// One number space, from 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pool {
-    used: BTreeSet<u32>,
-    resting: BTreeMap<u32, Rest>,
+    used: RedBlackTreeSetSync<u32>,
+    resting: RedBlackTreeMapSync<u32, Rest>,
     last: u32,
 }
 
@@ -45,7 +46,7 @@ pub(super) struct Rest {
 impl Pool {
     /// The next free number below `size`.
     pub(super) fn take(&mut self, size: u32, what: &str) -> Result<u32, Refusal> {
-        let taken = self.used.len() + self.resting.len();
+        let taken = self.used.size() + self.resting.size();
         let exhausted = || Refusal::Exhausted {
             what: what.to_owned(),
             size: u64::from(size.saturating_sub(1)),
@@ -58,7 +59,7 @@ impl Pool {
             .take(taken + size as usize)
             .find(|number| !self.used.contains(number) && !self.resting.contains_key(number))
             .ok_or_else(exhausted)?;
-        self.used.insert(number);
+        self.used.insert_mut(number);
         self.last = number;
         Ok(number)
     }
@@ -70,15 +71,15 @@ impl Pool {
         } else if self.resting.contains_key(&number) {
             Taken::Resting
         } else {
-            self.used.insert(number);
+            self.used.insert_mut(number);
             Taken::Free
         }
     }
 
     /// Gives a number back; it rests first.
     pub(super) fn release(&mut self, number: u32, rest: Rest) {
-        if self.used.remove(&number) {
-            self.resting.insert(number, rest);
+        if self.used.remove_mut(&number) {
+            self.resting.insert_mut(number, rest);
         }
     }
 
@@ -87,11 +88,12 @@ impl Pool {
         if self.used.contains(&number) {
             return;
         }
-        let rest = self.resting.entry(number).or_insert(Rest {
-            until_ms,
-            after: None,
-        });
-        rest.until_ms = rest.until_ms.max(until_ms);
+        let known = self.resting.get(&number);
+        let rest = Rest {
+            until_ms: known.map_or(until_ms, |rest| rest.until_ms.max(until_ms)),
+            after: known.and_then(|rest| rest.after.clone()),
+        };
+        self.resting.insert_mut(number, rest);
     }
 
     /// Lets every number rest that `present` has given and this pool has not, and goes on behind both.
@@ -102,16 +104,20 @@ impl Pool {
         };
         let given = present.used.iter().chain(present.resting.keys());
         for number in given.filter(|number| !self.used.contains(*number)) {
-            self.resting.insert(*number, rest.clone());
+            self.resting.insert_mut(*number, rest.clone());
         }
         self.last = self.last.max(present.last);
     }
 
     /// Ends the rest of the numbers for which it is over.
     pub(super) fn wake(&mut self, now_ms: u64, gone: impl Fn(&(ServiceName, u64)) -> bool) {
-        self.resting.retain(|_, rest| {
-            rest.until_ms > now_ms || rest.after.as_ref().is_some_and(|s| !gone(s))
-        });
+        let is_over =
+            |rest: &Rest| rest.until_ms <= now_ms && rest.after.as_ref().is_none_or(&gone);
+        let over = self.resting.iter().filter(|(_, rest)| is_over(rest));
+        let over: Vec<u32> = over.map(|(number, _)| *number).collect();
+        for number in over {
+            self.resting.remove_mut(&number);
+        }
     }
 
     /// Whether a number is in use.
