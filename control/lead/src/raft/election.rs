@@ -48,6 +48,13 @@ fn majority(voters: usize) -> usize {
     voters / 2 + 1
 }
 
+/// The place of lead `own` among the voters that stand when `leader` is not heard any more: that one does not.
+fn place(own: u64, leader: Option<u64>, voters: impl Iterator<Item = u64>) -> Option<u32> {
+    let mut standing = voters.filter(|id| *id == own || Some(*id) != leader);
+    let place = standing.position(|id| id == own)?;
+    u32::try_from(place).ok()
+}
+
 /// How long a candidate waits from now: the rest of the lease and of what it promised, and its place in the queue.
 fn wait(silent: Option<Duration>, bound: Duration, rank: u32, tempo: Tempo) -> Duration {
     let rest = tempo.lease.saturating_sub(silent.unwrap_or(tempo.lease));
@@ -144,16 +151,15 @@ impl Election {
         Some(Standing { last, silent })
     }
 
-    /// This lead's place among the voters; `None` where it is none, there is no group yet, or it leads.
+    /// This lead's place among the voters that stand; `None` where it is none, there is no group yet, or it leads.
     fn rank(&self) -> Option<u32> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
         if metrics.state == ServerState::Leader {
             return None;
         }
-        let mut voters = metrics.membership_config.voter_ids();
-        let place = voters.position(|id| id == self.id)?;
-        u32::try_from(place).ok()
+        let voters = metrics.membership_config.voter_ids();
+        place(self.id, metrics.current_leader, voters)
     }
 
     /// Whether a majority of the voters, this one among them, would vote for this lead.
@@ -242,6 +248,15 @@ mod tests {
             let canvass = Canvass { last: asked };
             assert_eq!(says_yes(own, canvass, lease), want, "{own:?} {canvass:?}");
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_the_leader_that_is_gone() {
+        let places = |leader| [1, 2, 3].map(|own| place(own, leader, 1..=3));
+        assert_eq!(places(None), [Some(0), Some(1), Some(2)]);
+        assert_eq!(places(Some(1)), [Some(0), Some(0), Some(1)]);
+        assert_eq!(places(Some(2)), [Some(0), Some(1), Some(1)]);
+        assert_eq!(place(4, Some(1), 1..=3), None);
     }
 
     #[test]
