@@ -86,26 +86,14 @@ impl Amounts {
     }
 }
 
-/// What of one kind was, would be and may be.
-struct Row<T> {
-    what: &'static str,
-    now: T,
-    then: T,
+/// What is too much of one kind, if anything is; what grows no further is let be.
+fn problem<T: Copy + Ord + fmt::Display>(
+    what: &str,
+    (now, then): (T, T),
     most: Option<T>,
-}
-
-impl<T: Copy + Ord + fmt::Display> Row<T> {
-    /// What is too much; what grows no further is let be.
-    fn problem(&self) -> Option<String> {
-        let Self {
-            what,
-            now,
-            then,
-            most,
-        } = self;
-        let most = (*most).filter(|most| then > most && then > now)?;
-        Some(format!("{what} would be {then} of {most} ({now} now)"))
-    }
+) -> Option<String> {
+    let most = most.filter(|most| then > *most && then > now)?;
+    Some(format!("{what} would be {then} of {most} ({now} now)"))
 }
 
 impl fmt::Display for Quota {
@@ -126,39 +114,16 @@ impl fmt::Display for Quota {
 impl Quota {
     /// What is too much, if the goals of a namespace asked for `then` in the place of `now`.
     fn problems(&self, now: &Amounts, then: &Amounts) -> Vec<String> {
-        let count = |what, now, then, most| {
-            let row = Row {
-                what,
-                now,
-                then,
-                most,
-            };
-            row.problem()
-        };
-        let cpu = Row {
-            what: "cpu",
-            now: now.cpu,
-            then: then.cpu,
-            most: self.cpu,
-        };
-        let memory = Row {
-            what: "memory",
-            now: now.memory,
-            then: then.memory,
-            most: self.memory,
-        };
-        let (was, will) = (now, then);
         let problems = [
-            count(
+            problem(
                 "applications",
-                was.applications,
-                will.applications,
+                (now.applications, then.applications),
                 self.applications,
             ),
-            count("instances", was.instances, will.instances, self.instances),
-            cpu.problem(),
-            memory.problem(),
-            count("gpus", was.gpus, will.gpus, self.gpus),
+            problem("instances", (now.instances, then.instances), self.instances),
+            problem("cpu", (now.cpu, then.cpu), self.cpu),
+            problem("memory", (now.memory, then.memory), self.memory),
+            problem("gpus", (now.gpus, then.gpus), self.gpus),
         ];
         problems.into_iter().flatten().collect()
     }
